@@ -1,0 +1,37 @@
+"""Cross-compile every Triton kernel without a GPU and check its budget (`python -m sora_kernels.aot`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ARCHS = (80, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One kernel at one production configuration.
+
+    signature: type of every run-time argument, e.g. `{"x_ptr": "*bf16", "n": "i32"}`.
+    constexprs: value of every compile-time argument.
+    memory_bound: the kernel must load and store at least 16 bytes per thread at a time.
+    dots: number of `tl.dot` in the kernel; each must become a tensor-core instruction.
+    divisible: arguments (pointers, strides, sizes) that are multiples of 16 in production.
+    fma_ok: the dots may become plain FMA code (fp32 inputs at full precision).
+    narrow_store_ok: a memory-bound kernel whose only output is small (one value per row, say).
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, object] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 1
+    memory_bound: bool = True
+    dots: int = 0
+    divisible: tuple[str, ...] = ()
+    archs: tuple[int, ...] = ARCHS
+    enable_fp_fusion: bool = True
+    fma_ok: bool = False
+    narrow_store_ok: bool = False
