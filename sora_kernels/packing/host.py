@@ -1,0 +1,270 @@
+"""The host half of a layout: everything computed with NumPy from the sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .parts import Grid, Order, Part, Text, Triple, as_int
+from .tiles import QUERY_BLOCK, tile_efficiency, tile_order, tile_shape
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+PART_COLUMNS = ("start", "length", "t", "h", "w", "tile_t", "tile_h", "tile_w")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Fixed sizes of a padded layout, for CUDA graphs: every pack within them launches the same.
+
+    Attributes:
+        tokens: N of every tensor.
+        segments: None = one per 256 tokens, at least 16. One stays free for padding tokens.
+        parts: None = two per segment.
+        max_seqlen: None = `tokens`.
+        positions: rows of the RoPE tables.
+    """
+
+    tokens: int
+    segments: int | None = None
+    parts: int | None = None
+    max_seqlen: int | None = None
+    positions: int = 1024
+
+    def resolve(self) -> tuple[int, int, int, int, int]:
+        """(tokens, segments, parts, max_seqlen, positions), validated."""
+        tokens = as_int("capacity.tokens", self.tokens, 1)
+        segments = self.segments
+        segments = max(16, -(-tokens // 256)) if segments is None else segments
+        segments = as_int("capacity.segments", segments, 1)
+        parts = 2 * segments if self.parts is None else self.parts
+        parts = as_int("capacity.parts", parts, segments)
+        max_seqlen = tokens if self.max_seqlen is None else self.max_seqlen
+        max_seqlen = as_int("capacity.max_seqlen", max_seqlen, 1)
+        return tokens, segments, parts, max_seqlen, as_int("capacity.positions", self.positions, 1)
+
+
+@dataclass(frozen=True)
+class HostPack:
+    """Sizes and offsets of a pack. `padding` holds the segments that only fill up a capacity."""
+
+    segments: tuple[tuple[Part, ...], ...]
+    padding: tuple[tuple[Text, ...], ...]
+    order: Order
+    tile: Triple | None
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """All parts, padding last."""
+        return [part for segment in (*self.segments, *self.padding) for part in segment]
+
+    @cached_property
+    def part_lengths(self) -> Int64Array:
+        return np.fromiter((part.num_tokens for part in self.parts), np.int64, len(self.parts))
+
+    @cached_property
+    def part_starts(self) -> Int64Array:
+        """First token of each part, and the end of the last, `[P + 1]`."""
+        return _offsets(self.part_lengths)
+
+    @cached_property
+    def num_real_parts(self) -> int:
+        return sum(map(len, self.segments))
+
+    @cached_property
+    def seqlens(self) -> Int64Array:
+        """Tokens of each segment, padding segments last, `[S]`."""
+        sizes = [len(segment) for segment in (*self.segments, *self.padding)]
+        return np.diff(self.part_starts[_offsets(np.asarray(sizes, np.int64))])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.part_starts[-1])
+
+    @property
+    def num_real_tokens(self) -> int:
+        return int(self.part_starts[self.num_real_parts])
+
+    def tile_of(self, grid: Grid) -> Triple:
+        """The tile that stores `grid`: the part's own, else the layout's, else `tile_shape`."""
+        t, h, w = grid.tile or self.tile or tile_shape(grid.t, grid.h, grid.w)
+        return min(t, grid.t), min(h, grid.h), min(w, grid.w)
+
+    def token_order(self, grid: Grid) -> Int32Array | None:
+        """Raster index of each stored token of `grid`; None if they are stored in raster order."""
+        if self.order == "raster":
+            return None
+        return tile_order((grid.t, grid.h, grid.w), self.tile_of(grid))
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays that the device needs, by name."""
+        lengths = self.part_lengths
+        real = self.num_real_parts
+        is_grid = np.asarray([isinstance(part, Grid) for part in self.parts], np.bool_)
+        token_is_grid = np.repeat(is_grid, lengths)
+        seqlens = self.seqlens
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "counts": np.asarray([self.num_real_tokens, len(self.segments), real], np.int32),
+            "cu_seqlens": _offsets(seqlens).astype(np.int32),
+            "part_starts": self.part_starts.astype(np.int32),
+            "part_table": self._part_table(),
+            "segment_of_token": np.repeat(np.arange(seqlens.size, dtype=np.int32), seqlens),
+            "part_of_token": np.repeat(np.arange(lengths.size, dtype=np.int32), lengths),
+            "grid_tokens": np.flatnonzero(token_is_grid),
+            "text_tokens": np.flatnonzero(~token_is_grid[: self.num_real_tokens]),
+        }
+        if self.order == "tile":
+            arrays["raster_of_token"] = self._raster_of_token()
+        return arrays
+
+    def block_efficiency(self) -> float:
+        """Tokens / tokens of the query blocks that hold them; see `PackedLayout`."""
+        if self.num_real_tokens == 0:
+            return 1.0
+        covered = 0.0
+        for segment in self.segments:
+            loose = 0
+            for part in segment:
+                if self.order == "tile" and isinstance(part, Grid):
+                    grid = (part.t, part.h, part.w)
+                    covered += part.num_tokens / tile_efficiency(grid, self.tile_of(part))
+                else:
+                    loose += part.num_tokens
+            covered += -(-loose // QUERY_BLOCK) * QUERY_BLOCK
+        return self.num_real_tokens / covered
+
+    def _part_table(self) -> Int32Array:
+        table = np.zeros((len(self.parts), len(PART_COLUMNS)), np.int32)
+        table[:, 0] = self.part_starts[:-1]
+        table[:, 1] = self.part_lengths
+        rows = [i for i, part in enumerate(self.parts) if isinstance(part, Grid)]
+        if rows:
+            grids = [part for part in self.parts if isinstance(part, Grid)]
+            table[rows, 2:5] = [(g.t, g.h, g.w) for g in grids]
+            if self.order == "tile":
+                table[rows, 5:8] = [self.tile_of(g) for g in grids]
+        return table
+
+    def _raster_of_token(self) -> Int64Array:
+        places = np.arange(self.num_tokens, dtype=np.int64)
+        for part, start, length in zip(
+            self.parts, self.part_starts, self.part_lengths, strict=False
+        ):
+            if isinstance(part, Grid):
+                places[start : start + length] = start + tile_order(
+                    (part.t, part.h, part.w), self.tile_of(part)
+                )
+        return places
+
+    def coordinates(self) -> Int32Array:
+        """(t, h, w) of each token within its part, int32 `[N, 3]`; 0 for text."""
+        table = np.zeros((self.num_tokens, 3), np.int32)
+        for part, start, length in zip(
+            self.parts, self.part_starts, self.part_lengths, strict=False
+        ):
+            if isinstance(part, Grid):
+                axes = [np.arange(n, dtype=np.int32) for n in (part.t, part.h, part.w)]
+                table[start : start + length] = self.per_token(part, axes)
+        return table
+
+    def positions(self) -> tuple[npt.NDArray[np.float64], Int32Array]:
+        """The distinct positions of the pack, sorted, fp64 `[P]`, and int32 `[N, 3]` indices.
+
+        The value 0 is always among them: text tokens use it.
+        """
+        values: dict[tuple[int, float, float], npt.NDArray[np.float64]] = {}
+        for part in self.parts:
+            if isinstance(part, Grid):
+                for key in zip((part.t, part.h, part.w), part.origin, part.scale, strict=True):
+                    if key not in values:
+                        n, origin, scale = key
+                        values[key] = origin + scale * np.arange(n, dtype=np.float64)
+        distinct = np.unique(np.concatenate([np.zeros(1), *values.values()]))
+        lookup = {key: np.searchsorted(distinct, x).astype(np.int32) for key, x in values.items()}
+        index = np.full((self.num_tokens, 3), np.searchsorted(distinct, 0.0), np.int32)
+        for part, start, length in zip(
+            self.parts, self.part_starts, self.part_lengths, strict=False
+        ):
+            if isinstance(part, Grid):
+                keys = zip((part.t, part.h, part.w), part.origin, part.scale, strict=True)
+                index[start : start + length] = self.per_token(part, [lookup[key] for key in keys])
+        return distinct, index
+
+    def per_token(self, grid: Grid, axes: Sequence[Int32Array]) -> Int32Array:
+        """Values per axis, `[t]`, `[h]`, `[w]`, spread to the tokens as stored, `[t*h*w, 3]`."""
+        spread = np.empty((grid.t, grid.h, grid.w, 3), np.int32)
+        spread[..., 0] = axes[0][:, None, None]
+        spread[..., 1] = axes[1][:, None]
+        spread[..., 2] = axes[2]
+        flat = spread.reshape(-1, 3)
+        order = self.token_order(grid)
+        return flat if order is None else flat.take(order, axis=0)
+
+    def work(self, block: int, rows: int | None = None) -> Int32Array:
+        """(segment, block of it) pairs, longest segment first, int32 `[W, 2]`.
+
+        With `rows`, the list is filled up with blocks that lie beyond the end of segment 0.
+        """
+        blocks = -(-self.seqlens // block)
+        order = np.argsort(-self.seqlens, kind="stable")
+        count = blocks[order]
+        segment = np.repeat(order, count)
+        first = np.repeat(_offsets(count)[:-1], count)
+        work = np.stack([segment, np.arange(segment.size) - first], axis=1).astype(np.int32)
+        if rows is None:
+            return work
+        filler = np.asarray([[0, -(-self.num_tokens // block)]], np.int32)
+        return np.concatenate([work, filler.repeat(rows - len(work), axis=0)])
+
+
+def _offsets(lengths: Int64Array) -> Int64Array:
+    offsets = np.zeros(lengths.size + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def padding_segments(
+    segments: Sequence[Sequence[Part]], capacity: Capacity
+) -> tuple[tuple[Text, ...], ...]:
+    """Segments that fill a pack up to its capacity.
+
+    The free segments share the padding tokens evenly, so that every op computes finite values for
+    them at little cost (attention over a padding segment is short) and none needs a special case.
+    The free parts are empty and belong to the last segment.
+    """
+    tokens, num_segments, num_parts, max_seqlen, _ = capacity.resolve()
+    used = [sum(part.num_tokens for part in segment) for segment in segments]
+    used_parts = sum(map(len, segments))
+    free = num_segments - len(segments)
+    free_parts = num_parts - used_parts
+    if sum(used) > tokens:
+        raise ValueError(f"capacity.tokens: the pack has {sum(used)} tokens, more than {tokens}")
+    if free < 1:
+        raise ValueError(
+            "capacity.segments: expected one more than the segments of the pack "
+            f"({len(segments)}), got {num_segments}"
+        )
+    if free_parts < free:
+        raise ValueError(
+            f"capacity.parts: the pack has {used_parts} parts and {free} padding segments, more "
+            f"than {num_parts}"
+        )
+    if max(used, default=0) > max_seqlen:
+        raise ValueError(
+            f"capacity.max_seqlen: a segment has {max(used)} tokens, more than {max_seqlen}"
+        )
+    share, rest = divmod(tokens - sum(used), free)
+    if share + (rest > 0) > max_seqlen:
+        raise ValueError(
+            f"capacity.max_seqlen: {tokens - sum(used)} padding tokens do not fit into {free} free "
+            f"segments of at most {max_seqlen} tokens"
+        )
+    filled: list[tuple[Text, ...]] = [(Text(share + (i < rest)),) for i in range(free)]
+    filled[-1] += (Text(0),) * (free_parts - free)
+    return tuple(filled)
