@@ -1,4 +1,4 @@
-"""Cross-compile every Triton kernel without a GPU and check its budget (`python -m sora_kernels.aot`)."""
+"""What an op tells the cross-compiler about one of its kernels."""
 
 from __future__ import annotations
 
@@ -35,3 +35,23 @@ class AotCase:
     enable_fp_fusion: bool = True
     fma_ok: bool = False
     narrow_store_ok: bool = False
+
+    def validate(self) -> None:
+        """Raise ValueError unless signature and constexprs cover the kernel's arguments."""
+        names = list(self.kernel.arg_names)
+        given = [*self.signature, *self.constexprs]
+        if sorted(names) != sorted(given):
+            missing = [n for n in names if n not in given]
+            extra = [n for n in given if n not in names or given.count(n) > 1]
+            raise ValueError(f"AotCase {self.name}: missing arguments {missing}, unknown {extra}")
+        if unknown := [n for n in self.divisible if n not in self.signature]:
+            raise ValueError(f"AotCase {self.name}: divisible names {unknown}, not in signature")
+
+    @property
+    def config(self) -> str:
+        parts = [f"{k}={_short(v)}" for k, v in self.constexprs.items()]
+        return " ".join([*parts, f"warps={self.num_warps}", f"stages={self.num_stages}"])
+
+
+def _short(value: object) -> str:
+    return getattr(value, "__name__", None) or str(value)
