@@ -108,6 +108,100 @@ WORLDS: dict[str, WorldConfig] = {
         backgrounds=(("black", 0.3), ("gray", 0.25), ("white", 0.25), ("brown", 0.2)),
         small=0.4,
     ),
+    # For the VAE: patches and short motions matter, not stories; small canvases are cheap.
+    "vae": WorldConfig(
+        kinds=(
+            ("one", 0.62), ("still", 0.03), ("bounce", 0.06), ("exit", 0.05), ("two", 0.09),
+            ("occlude", 0.06), ("camera", 0.06), ("three", 0.03),
+        ),
+        sizes=(((32, 32), 0.80), ((32, 48), 0.06), ((48, 32), 0.06), ((40, 40), 0.08)),
+        frames=((9, 0.84), (5, 0.06), (1, 0.06), (13, 0.04)),
+        backgrounds=(("black", 0.45), ("gray", 0.25), ("white", 0.25), ("brown", 0.05)),
+    ),
 }  # fmt: skip
 
 VAES: dict[str, VAEConfig] = {"tiny": VAEConfig()}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Diffusion Transformer on latents: see ``model.dit.DiT``.
+
+    patch: latent (t, h, w) folded into one token.
+    rope_axes: channels of a head that carry (time, height, width); even, their sum is head_dim.
+    rope_theta: base of the rotary frequencies; small grids want a small one.
+    vocabulary: word numbers, "no prompt" included.
+    base_tokens: grid tokens of the clip at which the time shift is 1 (see ``model.flow``).
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch: tuple[int, int, int] = (1, 2, 2)
+    channels: int = 16
+    mlp_ratio: float = 4.0
+    rope_axes: tuple[int, int, int] = (16, 24, 24)
+    rope_theta: float = 10000.0
+    vocabulary: int = 1
+    max_words: int = 48
+    base_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "channels", "vocabulary", "max_words"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"width: expected a multiple of {self.heads} heads, got {self.width}")
+        if sum(self.rope_axes) != self.head_dim or any(axis % 2 for axis in self.rope_axes):
+            raise ValueError(
+                f"rope_axes: expected even numbers that add up to {self.head_dim}, "
+                f"got {self.rope_axes}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+# S to XL: depths, widths and heads of the DiT paper (Peebles & Xie 2022, table 1).
+DITS: dict[str, DiTConfig] = {
+    "tiny": DiTConfig(
+        128, 6, 4, patch=(1, 1, 1), rope_axes=(8, 12, 12), rope_theta=100.0, base_tokens=48
+    ),
+    "S": DiTConfig(384, 12, 6),
+    "B": DiTConfig(768, 12, 12),
+    "L": DiTConfig(1024, 24, 16),
+    "XL": DiTConfig(1152, 28, 16, rope_axes=(24, 24, 24)),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a DiT is trained: see ``model.train``.
+
+    dit, world: names in DITS and WORLDS.
+    clips: how many clips are rendered and encoded once into the latent cache.
+    tokens: grid and text tokens of one pack, the batch of one step.
+    given: probability that a clip of several latent frames shows its first ones as given.
+    no_prompt: probability that a clip is shown without its prompt (for guidance).
+    """
+
+    dit: str
+    world: str
+    clips: int
+    tokens: int
+    steps: int
+    learning_rate: float = 2e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = 1.0
+    ema: float = 0.998
+    no_prompt: float = 0.1
+    given: float = 0.2
+    seed: int = 0
+
+
+TRAININGS: dict[str, TrainConfig] = {
+    "tiny": TrainConfig("tiny", "tiny", clips=32768, tokens=2048, steps=3000),
+}

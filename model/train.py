@@ -1,0 +1,370 @@
+"""Trains a DiT on packed clips of every size: `python -m model.train --config tiny`.
+
+Every step is a pure function of (weights, optimiser, seed, step number): no random state is kept,
+so a run that is stopped and resumed gives the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import (
+    DIT,
+    CheckpointError,
+    read_tensors,
+    save_dit,
+    write_beside,
+    write_json,
+    write_tensors,
+)
+from model.cli import Parser, positive, progress_bar, run
+from model.config import DITS, TRAININGS, WORLDS, TrainConfig, to_dict
+from model.data import (
+    Batch,
+    LatentCache,
+    Packs,
+    build_cache,
+    cache_key,
+    load_cache,
+    make_batch,
+    save_cache,
+)
+from model.dit import DiT
+from model.flow import DECILES, loss_by_decile, mean_of_deciles
+from model.text import Vocabulary
+from model.world import VOCABULARY
+
+CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
+STATE = "train_state.safetensors"
+LOG = "loss.json"
+LOG_EVERY = 25
+SAVE_EVERY = 250
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine to zero at the last step."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def batch_loss(model: DiT, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean squared error of the velocity over all latent values to be made, and per clip [S]."""
+    predicted = model(batch.inputs, batch.layout, batch.words, batch.times)
+    clips = batch.layout.num_segments
+    errors: list[Tensor] = []
+    owners: list[int] = []
+    sizes = torch.zeros(clips)
+    for v, wanted, owner in zip(predicted, batch.wanted, batch.owners, strict=True):
+        if wanted is not None:
+            errors.append((v - wanted).square().sum())
+            owners.append(owner)
+            sizes[owner] += wanted.numel()
+    total = torch.stack(errors)
+    per_clip = torch.zeros(clips).index_add(0, torch.tensor(owners), total.detach())
+    return total.sum() / sizes.sum(), per_clip / sizes
+
+
+class Trainer:
+    """Model, its moving average and the optimiser, advanced one pack at a time."""
+
+    def __init__(self, model: DiT, config: TrainConfig, cache: LatentCache) -> None:
+        self.model, self.config, self.cache = model, config, cache
+        self.step = 0
+        self.names = [name for name, _ in model.named_parameters()]
+        self.parameters = [parameter for _, parameter in model.named_parameters()]
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        matrices = [p for p in self.parameters if p.dim() > 1]
+        vectors = [p for p in self.parameters if p.dim() <= 1]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay},
+             {"params": vectors, "weight_decay": 0.0}],
+            lr=config.learning_rate, betas=config.betas, fused=True,
+        )  # fmt: skip
+        self.packs = Packs(cache.tokens(model.config.patch), config.tokens, config.seed)
+
+    def advance(self) -> tuple[Tensor, Tensor, Batch]:
+        """One step: loss before it, loss per clip, and the batch."""
+        config = self.config
+        batch = make_batch(self.cache, self.packs[self.step], self.model.config, config, self.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        loss, per_clip = batch_loss(self.model, batch)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
+        self.optimiser.step()
+        self.step += 1
+        decay = min(config.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+        return loss.detach(), per_clip, batch
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the next step depends on."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter, average in zip(
+            self.names, self.parameters, self.average, strict=True
+        ):
+            tensors[f"model.{name}"] = parameter
+            tensors[f"average.{name}"] = average
+            for key, value in self.optimiser.state[parameter].items():
+                tensors[f"{key}.{name}"] = value
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Continues from what `state` gave after `step` steps."""
+        try:
+            for name, parameter, average in zip(
+                self.names, self.parameters, self.average, strict=True
+            ):
+                with torch.no_grad():
+                    parameter.copy_(tensors[f"model.{name}"])
+                average.copy_(tensors[f"average.{name}"])
+                if step:
+                    self.optimiser.state[parameter] = {
+                        key: tensors[f"{key}.{name}"].clone()
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"state: does not fit this model: {error}") from error
+        self.step = step
+
+    def averaged(self) -> DiT:
+        """A copy of the model with the averaged weights."""
+        model = DiT(self.model.config)
+        weights = zip(self.names, self.average, strict=True)
+        model.load_state_dict({name: tensor for name, tensor in weights})
+        return model.eval()
+
+
+@dataclass
+class Log:
+    """The loss curve: mean loss, loss per decile of t, and speed, every few steps."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    _losses: list[float] = field(default_factory=list)
+    _sums: list[float] = field(default_factory=lambda: [0.0] * DECILES)
+    _counts: list[int] = field(default_factory=lambda: [0] * DECILES)
+    _tokens: int = 0
+    _clips: int = 0
+    _since: float = 0.0
+
+    def add(self, loss: float, per_clip: Tensor, batch: Batch, seconds: float) -> None:
+        sums, counts = loss_by_decile(per_clip, batch.times)
+        self._losses.append(loss)
+        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)]
+        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
+        self._tokens += batch.layout.num_tokens
+        self._clips += batch.layout.num_segments
+        self._since += seconds
+        self.seconds += seconds
+
+    def close_row(self, step: int) -> dict[str, Any]:
+        """Ends a row at `step` and returns it."""
+        deciles = mean_of_deciles(self._sums, self._counts)
+        row = {
+            "step": step,
+            "loss": round(sum(self._losses) / len(self._losses), 5),
+            "loss_by_decile": [None if x is None else round(x, 5) for x in deciles],
+            "clips": self._clips,
+            "tokens_per_second": round(self._tokens / max(self._since, 1e-9)),
+            "minutes": round(self.seconds / 60, 3),
+        }
+        rows = [*self.rows, row]
+        self.__init__(rows, self.seconds)  # type: ignore[misc]
+        return row
+
+
+def plot_log(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the loss and its deciles over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [row["step"] for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    left.plot(steps, [row["loss"] for row in rows])
+    left.set(xlabel="step", ylabel="loss (velocity MSE)", yscale="log")
+    last = rows[-max(1, len(rows) // 10) :]
+    means = []
+    for k in range(DECILES):
+        seen = [row["loss_by_decile"][k] for row in last if row["loss_by_decile"][k] is not None]
+        means.append(sum(seen) / len(seen) if seen else float("nan"))
+    right.bar([(k + 0.5) / DECILES for k in range(DECILES)], means, width=0.08)
+    right.set(xlabel="time t (0 clean, 1 noise)", ylabel="loss, last tenth of the run")
+    write_beside(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
+    plt.close(figure)
+
+
+@contextmanager
+def stop_flag() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C and SIGTERM only raise a flag, so that a step is finished and saved."""
+    stopped = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: stopped
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def save(trainer: Trainer, log: Log, out: Path, vocabulary: Vocabulary, command: str) -> None:
+    """Writes the state to resume from, then the averaged model and the loss curve."""
+    notes = {"config": to_dict(trainer.config), "step": trainer.step, "log": log.rows,
+             "seconds": log.seconds}  # fmt: skip
+    write_tensors(out / STATE, trainer.state(), notes)
+    about = {"command": command, "train": notes["config"], "step": trainer.step}
+    about["minutes"] = round(log.seconds / 60, 1)
+    save_dit(out, trainer.averaged(), vocabulary, about)
+    write_json(out / LOG, {"command": command, "config": notes["config"], "rows": log.rows})
+    if log.rows:
+        plot_log(log.rows, out / "loss.png")
+
+
+def restore(trainer: Trainer, path: Path) -> Log:
+    """Puts `trainer` where the state in `path` was saved."""
+    tensors, notes = read_tensors(path)
+    ours = to_dict(trainer.config)
+    theirs = notes.get("config", {})
+    changed = sorted(name for name in ours if ours[name] != theirs.get(name))
+    if changed:
+        listed = ", ".join(f"{name} {theirs.get(name)} -> {ours[name]}" for name in changed)
+        raise CheckpointError(f"resume: {path} was trained with another config: {listed}")
+    trainer.restore(tensors, notes["step"])
+    return Log(notes["log"], notes["seconds"])
+
+
+def train(
+    trainer: Trainer,
+    out: Path,
+    vocabulary: Vocabulary,
+    *,
+    log: Log | None = None,
+    minutes: float | None = None,
+    quiet: bool = False,
+    command: str = "",
+) -> bool:
+    """Trains to the last step, or until Ctrl-C or the minutes are over; True if it came to the end.
+
+    Saves every SAVE_EVERY steps and at the end, so `--resume` continues from wherever it stopped.
+    """
+    log = Log() if log is None else log
+    total, started = trainer.config.steps, time.monotonic()
+    bar = progress_bar(quiet)
+    plain = not quiet and not bar.console.is_terminal
+    with stop_flag() as stopped, bar:
+        task = bar.add_task("training", total=total, completed=trainer.step)
+        saved = -1
+        while trainer.step < total and not stopped():
+            if minutes is not None and time.monotonic() - started > 60 * minutes:
+                break
+            begin = time.monotonic()
+            loss, per_clip, batch = trainer.advance()
+            log.add(float(loss), per_clip, batch, time.monotonic() - begin)
+            if not math.isfinite(float(loss)):
+                raise CheckpointError(f"loss: became {float(loss)} at step {trainer.step}")
+            if trainer.step % LOG_EVERY == 0 or trainer.step == total:
+                row = log.close_row(trainer.step)
+                text = f"loss {row['loss']:.4f}  {row['tokens_per_second']} tokens/s"
+                bar.update(task, description=text)
+                if plain and trainer.step % (4 * LOG_EVERY) == 0:
+                    print(f"step {trainer.step}/{total}  {text}", flush=True)
+            bar.update(task, completed=trainer.step)
+            if trainer.step % SAVE_EVERY == 0:
+                save(trainer, log, out, vocabulary, command)
+                saved = trainer.step
+        if saved != trainer.step:
+            save(trainer, log, out, vocabulary, command)
+    return trainer.step >= total
+
+
+def prepare(config: TrainConfig, folder: Path, path: Path, quiet: bool) -> LatentCache:
+    """The latent cache in `path`, made first if it is absent or was made from other things."""
+    from model.vae import load_vae
+
+    vae = load_vae(folder)
+    digest = hashlib.sha256()
+    for _, tensor in sorted(vae.encoder.state_dict().items()):
+        digest.update(tensor.numpy().tobytes())
+    digest.update(vae.scale.numpy().tobytes())
+    vocabulary, world = Vocabulary(VOCABULARY), WORLDS[config.world]
+    key = cache_key(world, config.clips, config.seed, vocabulary, digest.hexdigest()[:16])
+    cache = load_cache(path, key)
+    if cache is None:
+        limit = DITS[config.dit].max_words
+        with progress_bar(quiet) as bar, torch.no_grad():
+            task = bar.add_task("encoding clips", total=config.clips)
+            cache = build_cache(vae.encode, world, config.clips, config.seed, vocabulary, limit,
+                                lambda done: bar.update(task, completed=done))  # fmt: skip
+        save_cache(path, cache, key)
+    return cache
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="python -m model.train", description="Train a DiT on the procedural world.")
+    parser.add_argument("--config", required=True, help=f"one of {', '.join(TRAININGS)}")
+    parser.add_argument("--steps", type=positive, help="length of the run (default: the config's)")
+    parser.add_argument("--minutes", type=float, help="stop (resumable) after so many minutes")
+    parser.add_argument("--clips", type=positive, help="clips in the latent cache")
+    parser.add_argument("--seed", type=int, help="of everything random in the training")
+    parser.add_argument("--out", type=Path, help="default: runs/CONFIG")
+    parser.add_argument("--vae", type=Path, default=CHECKPOINT, help="folder of the VAE checkpoint")
+    parser.add_argument("--cache", type=Path, help="latent cache (default: OUT/latents.safetensors)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUT")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
+    if args.config not in TRAININGS:
+        raise ValueError(f"--config: expected one of {', '.join(TRAININGS)}, got {args.config!r}")
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"--minutes: expected a positive number, got {args.minutes}")
+    chosen = {name: getattr(args, name) for name in ("steps", "clips", "seed")}
+    config = replace(TRAININGS[args.config], **{k: v for k, v in chosen.items() if v is not None})
+    out = args.out or Path("runs") / args.config
+    state = out / STATE
+    if state.exists() and not args.resume:
+        raise ValueError(f"--out: {out} holds a run already; pass --resume or another --out")
+    if args.resume and not state.exists():
+        raise ValueError(f"--resume: found no {state}")
+    vocabulary = Vocabulary(VOCABULARY)
+    cache = prepare(config, args.vae, args.cache or out / "latents.safetensors", args.quiet)
+    torch.manual_seed(config.seed)
+    model = DiT(replace(DITS[config.dit], vocabulary=len(vocabulary)))
+    trainer = Trainer(model, config, cache)
+    log = restore(trainer, state) if args.resume else Log()
+    command = "python -m model.train " + " ".join(
+        f"--{name} {value}"
+        for name, value in (("config", args.config), *chosen.items())
+        if value is not None
+    )
+    done = train(trainer, out, vocabulary, log=log, minutes=args.minutes, quiet=args.quiet,
+                 command=command)  # fmt: skip
+    if not done:
+        print(f"stopped after step {trainer.step} of {config.steps}; continue with --resume",
+              file=sys.stderr)  # fmt: skip
+        raise SystemExit(130 if args.minutes is None else 0)
+    print(f"{out / DIT}: step {trainer.step}, loss {log.rows[-1]['loss'] if log.rows else 'n/a'}")
+
+
+if __name__ == "__main__":
+    run("python -m model.train", main)
