@@ -1,1 +1,1 @@
-"""Benchmarks of the ops, of one DiT block, and end to end. Run them with ``python -m benchmarks``."""
+"""Benchmarks of the ops, of one DiT block, and end to end: ``python -m benchmarks --help``."""

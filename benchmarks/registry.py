@@ -66,9 +66,13 @@ class Case:
     flops: int
     inputs: Callable[[torch.device], Inputs]
     providers: Mapping[str, Provider]
-    tolerance: float | None = None  # None: the dtype's; inf: the providers' results are not compared
+    tolerance: float | None = (
+        None  # None: the dtype's; inf: the providers' results are not compared
+    )
     extra: Mapping[str, Any] = field(default_factory=dict)  # further keys of the row
-    units: Mapping[str, float] = field(default_factory=dict)  # e.g. {"clips": 8} -> row["clips_per_s"]
+    units: Mapping[str, float] = field(
+        default_factory=dict
+    )  # e.g. {"clips": 8} -> row["clips_per_s"]
 
     @property
     def name(self) -> str:
