@@ -138,7 +138,7 @@ def _run(options: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from sora_kernels.bench import SCHEMA, measure_ceilings, write_report
+    from sora_kernels.bench import SCHEMA, write_report
     from sora_kernels.bench.env import describe
 
     from .pinned import PINNED
@@ -159,7 +159,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         with _progress(options.quiet) as bar:
             task = bar.add_task("ceilings", total=len(cases))
-            ceilings = measure_ceilings(device, quick=options.quick)
+            ceilings = _measure_ceilings(device, quick=options.quick)
             seconds = options.seconds or SECONDS["quick" if options.quick else "full"]
             skip = set(options.skip)
             if device == "cpu":
@@ -190,6 +190,12 @@ def _run(options: argparse.Namespace) -> int:
     if not options.quiet:
         print_report(report, _console(Console))
     return 1 if results.errors else 0
+
+
+def _measure_ceilings(device: str, *, quick: bool) -> Ceilings:
+    from sora_kernels.bench import measure_ceilings
+
+    return measure_ceilings(device, quick=quick)
 
 
 def _cores() -> int:

@@ -1,4 +1,4 @@
-"""The environment every provider is timed in. Imports nothing, so that it can act before torch does.
+"""The environment every provider is timed in. Imports no torch, so that it acts first.
 
 glibc hands large blocks back to the kernel and faults their pages in again on the next call, at
 about 3 us per page: one and the same function times 48 ms or 8 ms, and the ratio of two providers

@@ -41,16 +41,22 @@ class Plan:
 _PLAN = "sora_kernels_plan"
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    plan = metafunc.config.pluginmanager.get_plugin(_PLAN)
+def _plan(config: pytest.Config) -> Plan:
+    plan = config.pluginmanager.get_plugin(_PLAN)
     if plan is None:
         plan = Plan(load(["ops"], Context(quick=True)))
-        metafunc.config.pluginmanager.register(plan, _PLAN)
+        config.pluginmanager.register(plan, _PLAN)
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    plan = _plan(metafunc.config)
     metafunc.parametrize("case", plan.cases, ids=[case.name for case in plan.cases])
 
 
 def test_case(case: Case, benchmark: Any, request: pytest.FixtureRequest) -> None:
-    plan: Plan = request.config.pluginmanager.get_plugin(_PLAN)
+    plan = _plan(request.config)
     if plan.ceilings is None:
         plan.ceilings = measure_ceilings("cpu", quick=True)
 

@@ -69,10 +69,10 @@ class Case:
     tolerance: float | None = (
         None  # None: the dtype's; inf: the providers' results are not compared
     )
-    extra: Mapping[str, Any] = field(default_factory=dict)  # further keys of the row
-    units: Mapping[str, float] = field(
-        default_factory=dict
-    )  # e.g. {"clips": 8} -> row["clips_per_s"]
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further keys of every row
+    units: Mapping[str, float] = field(default_factory=dict)  # {"clips": 8} -> row["clips_per_s"]
+    # Providers that are all plain PyTorch: the fastest of them is reported as ``plain`` too.
+    plain_variants: Sequence[str] = ()
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -50,8 +51,9 @@ def relative_error(result: object, reference: object) -> float:
             return float("inf")
         a64, b64 = a.detach().double(), b.detach().double()
         error = float((a64 - b64).norm() / b64.norm().clamp_min(1e-30))
-        if not error <= worst:  # also true for nan
-            worst = error
+        if math.isnan(error):
+            return error
+        worst = max(worst, error)
     return worst
 
 
@@ -94,8 +96,8 @@ def _first_call(
         # A machine without a C++ compiler has no torch.compile; that must not cost the other rows.
         if name != "compile":
             raise
-        reason = str(error).strip().splitlines() or [""]
-        text = f"{type(error).__name__}: {reason[0]}"
+        lines = str(error).strip().splitlines() or [""]
+        text = f"{type(error).__name__}: {lines[0]}"
         results.skipped.append({"case": case.name, "provider": name, "reason": text})
     return None
 

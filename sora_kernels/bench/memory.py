@@ -24,7 +24,7 @@ def peak_mem_mb(run: Run, device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         run()
-    results = trace.profiler.kineto_results  # type: ignore[union-attr]
+    results = trace.profiler.kineto_results
     events = [e for e in results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
