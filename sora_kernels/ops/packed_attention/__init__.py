@@ -1,21 +1,24 @@
-"""Attention inside each segment of a packed sequence: `packed_attention` and `merge`."""
+"""Attention inside each segment of a packed sequence, forward and backward."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ... import backend
+from .checks import check_cu_seqlens, check_qkv, check_scale, host_lengths
+from .config import choose_config
 from .reference import packed_attention_reference
+from .work import work_list
 
 if TYPE_CHECKING:
     from ...packing import PackedLayout
 
-__all__ = ["merge", "packed_attention", "packed_attention_reference"]
+__all__ = ["merge", "packed_attention"]
 
-MAX_HEAD_DIM = 256
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_OP = "packed_attention"
 
 
 def packed_attention(
@@ -31,137 +34,301 @@ def packed_attention(
     softmax_scale: float | None = None,
     causal: bool = False,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Attention of every token to the tokens of its own segment.
 
-    Self-attention takes the segments from `layout` or from `cu_seqlens`. Cross-attention adds
-    `cu_seqlens_k`: segment i of the queries then reads segment i of the keys.
+    ``out = softmax(softmax_scale * q k^T) v`` within each segment, computed block by block as
+    FlashAttention-2 does (arXiv:2307.08691); ``reference.py`` holds the definition in plain
+    PyTorch. Self-attention takes the segments from ``layout`` or from ``cu_seqlens``.
+    Cross-attention adds ``cu_seqlens_k``: segment i of the queries reads segment i of the keys.
+    A segment computes the same bits in any pack, and every run gives the same bits.
 
     Args:
-        q: `[N, H, D]`, D <= 256; may be a strided view (`stride(-1) == 1`), as of a packed QKV.
-        k, v: `[Nk, Hk, D]`; Hk divides H (grouped or multi-query attention).
-        layout: the pack; its lengths are known on the host, so nothing ever waits for the device.
-        cu_seqlens: int32 `[S + 1]` on the device of `q`: 0, and the running sum of the lengths.
-            Segments may be empty.
-        max_seqlen: the longest segment (an upper bound will do); never read from the device.
-        softmax_scale: default `D ** -0.5`.
-        causal: query i of a segment sees the keys j <= i + (len_k - len_q) (bottom-right aligned).
-        return_lse: also return the natural-log LSE, fp32 `[H, N]`, differentiable.
+        q: ``[N, H, D]``, D <= 256; fp32, bf16, fp16 (fp64: reference). Any strides with
+            ``stride(-1) == 1``, as the views of one packed QKV have; nothing is copied.
+        k, v: ``[Nk, Hk, D]``; Hk divides H (grouped or multi-query attention).
+        layout: the pack; its lengths are host integers, so nothing waits for the device.
+        cu_seqlens: int32 ``[S + 1]`` on the device of q: 0 and the running sum of the lengths,
+            up to N. Segments may be empty. Values are checked where reading them is free (CPU).
+        max_seqlen: length of the longest segment or a bound of it; a host integer for library
+            kernels that ask for one. Default: N.
+        cu_seqlens_k, max_seqlen_k: the same for the keys. Default: those of the queries.
+        softmax_scale: >= 0; default ``D ** -0.5``.
+        causal: query i of a segment sees the keys ``j <= i + len_k - len_q`` (bottom-right).
+        return_lse: also return the natural-log LSE, differentiable, for :func:`merge`.
 
     Returns:
-        out `[N, H, D]` in the dtype of q, and with `return_lse` also lse. A query that sees no
-        key gets out = 0 and lse = -inf.
+        out ``[N, H, D]`` in the dtype of q; with ``return_lse`` also lse, fp32 ``[H, N]`` (fp64
+        for fp64 inputs). A query that sees no key gets ``out = 0`` and ``lse = -inf``.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
     """
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
+    scale = check_scale(softmax_scale, q.shape[2])
+    if (layout is None) == (cu_seqlens is None):
+        got = "neither" if layout is None else "both"
+        raise ValueError(f"layout: expected either a layout or cu_seqlens, got {got}")
     if layout is not None:
-        if cu_seqlens is not None:
-            raise ValueError("packed_attention: expected layout or cu_seqlens, got both")
-        cu_seqlens, max_seqlen = layout.cu_seqlens, layout.max_seqlen
         if layout.num_tokens != q.shape[0]:
-            raise ValueError(
-                f"packed_attention: layout has {layout.num_tokens} tokens, q has {q.shape[0]}"
-            )
-    elif cu_seqlens is None:
-        raise ValueError("packed_attention: expected layout or cu_seqlens, got neither")
-    _check_cu_seqlens("cu_seqlens", cu_seqlens, q)
+            raise ValueError(f"layout: expected {q.shape[0]} tokens, got {layout.num_tokens}")
+        cu_seqlens, max_seqlen = layout.cu_seqlens, layout.max_seqlen
+    assert cu_seqlens is not None  # one of the two was given
+    check_cu_seqlens("cu_seqlens" if layout is None else "layout", cu_seqlens, q)
+    max_seqlen = q.shape[0] if max_seqlen is None else max_seqlen
+    cross = cu_seqlens_k is not None
     if cu_seqlens_k is None:
         if k.shape[0] != q.shape[0]:
             raise ValueError(
-                f"packed_attention: k has {k.shape[0]} tokens and q {q.shape[0]}; "
-                "expected cu_seqlens_k for cross-attention, got None"
+                f"cu_seqlens_k: expected one because k has {k.shape[0]} tokens and q "
+                f"{q.shape[0]}, got None"
             )
         cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
     else:
-        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k)
-        if cu_seqlens_k.shape != cu_seqlens.shape:
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
+        if cu_seqlens_k.shape[0] != cu_seqlens.shape[0]:
             raise ValueError(
-                f"packed_attention: cu_seqlens_k has {cu_seqlens_k.shape[0] - 1} segments, "
-                f"cu_seqlens {cu_seqlens.shape[0] - 1}"
+                f"cu_seqlens_k: expected {cu_seqlens.shape[0] - 1} segments as the queries have, "
+                f"got {cu_seqlens_k.shape[0] - 1}"
             )
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    lens_q = _host_lengths("cu_seqlens", cu_seqlens, q.shape[0])
-    lens_k = _host_lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    out, lse = packed_attention_reference(q, k, v, lens_q, lens_k, scale, causal)
-    return (out, lse.float()) if return_lse else out
+        max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+
+    chosen = backend.choose(_OP, q)
+    if chosen == "reference":
+        seqlens = host_lengths("cu_seqlens", cu_seqlens, q.shape[0])
+        seqlens_k = host_lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0]) if cross else seqlens
+        out, lse = packed_attention_reference(q, k, v, seqlens, seqlens_k, scale, causal)
+        return (out, lse) if return_lse else out
+    wants_grad = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad
+    )
+    works: tuple[Tensor | None, ...] = (None, None, None)
+    if chosen == "triton":
+        works = _works(q, k, cu_seqlens, cu_seqlens_k if cross else None, layout, wants_grad)
+    statics = (max_seqlen, max_seqlen_k, scale, causal)
+    if wants_grad:
+        out, lse = _PackedAttention.apply(
+            chosen, q, k, v, cu_seqlens, cu_seqlens_k, *works, *statics
+        )
+    else:
+        out, lse = _forward(chosen)(q, k, v, cu_seqlens, cu_seqlens_k, works[0], *statics)
+    return (out, lse) if return_lse else out
 
 
 def merge(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
-    """Combine attention of the same queries over two disjoint sets of keys.
+    """Combines attention of the same queries over two disjoint sets of keys.
 
     Args:
-        out, out2: `[N, H, D]`; lse, lse2: natural-log `[H, N]`. Differentiable in all four.
+        out, out2: ``[N, H, D]``.
+        lse, lse2: natural-log LSE of each, ``[H, N]``. Differentiable in all four.
 
     Returns:
-        The out and lse that one call over the union of the keys would give.
+        The out (dtype of ``out``) and lse that one call over all keys would give.
+
+    Raises:
+        ValueError: the shapes of the two results differ or do not belong together.
     """
-    if out.shape != out2.shape or lse.shape != lse2.shape:
+    n, heads = out.shape[:2]
+    if out2.shape != out.shape or lse.shape != (heads, n) or lse2.shape != (heads, n):
         raise ValueError(
-            f"merge: expected two results of one shape, got out {tuple(out.shape)} and "
-            f"{tuple(out2.shape)}, lse {tuple(lse.shape)} and {tuple(lse2.shape)}"
+            "merge: expected out, out2 [N, H, D] and lse, lse2 [H, N], got "
+            f"{[tuple(x.shape) for x in (out, out2, lse, lse2)]}"
         )
-    both = torch.logaddexp(lse, lse2)
-    finite = both.masked_fill(both == float("-inf"), 0.0)  # -inf - -inf would be NaN
-    weight = torch.exp(lse - finite).mT[..., None]
-    weight2 = torch.exp(lse2 - finite).mT[..., None]
-    return (out * weight + out2 * weight2).to(out.dtype), both
+    # The larger of the two is a shift like in any softmax; where both are -inf it must not be used.
+    top = torch.maximum(lse, lse2).detach()
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weight, weight2 = torch.exp(lse - top), torch.exp(lse2 - top)
+    total = weight + weight2
+    blind = total == 0
+    safe = total.masked_fill(blind, 1.0)
+    share, share2 = ((w / safe).mT[..., None] for w in (weight, weight2))
+    merged = torch.log(safe) + top
+    return (
+        (share * out + share2 * out2).to(out.dtype),
+        merged.masked_fill(blind, float("-inf")),
+    )
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3:
-            raise ValueError(
-                f"packed_attention: {name} expected [tokens, heads, head_dim], got {tuple(x.shape)}"
-            )
-        if x.dtype not in _DTYPES or x.dtype != q.dtype:
-            raise TypeError(
-                f"packed_attention: {name} expected a float dtype shared by q, k and v, "
-                f"got {x.dtype} (q is {q.dtype})"
-            )
-        if x.device != q.device:
-            raise ValueError(f"packed_attention: {name} expected on {q.device}, got {x.device}")
-    if k.shape != v.shape:
-        raise ValueError(
-            f"packed_attention: k and v expected the same shape, got {tuple(k.shape)} and "
-            f"{tuple(v.shape)}"
+# --- work lists ---------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
+
+
+def _config(q: Tensor) -> Any:
+    if q.device.type != "cuda":
+        return choose_config(q.shape[2], q.dtype, None)
+    return choose_config(q.shape[2], q.dtype, _capability(q.device.index))
+
+
+def _works(
+    q: Tensor,
+    k: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor | None,
+    layout: PackedLayout | None,
+    wants_grad: bool,
+) -> tuple[Tensor | None, ...]:
+    """The work lists of the forward, dq and dk/dv kernels.
+
+    Eager calls take the layout's, which are built once per pack. A compiled graph builds them from
+    ``cu_seqlens`` in plain PyTorch, once for all layers: equal subgraphs are merged.
+    """
+    config = _config(q)
+    lists: dict[tuple[str, int], Tensor] = {}
+
+    def get(side: str, block: int) -> Tensor:
+        if cu_k is None:
+            side = "q"
+        if (side, block) not in lists:
+            if cu_k is not None and side == "q":
+                made = work_list(cu_q, q.shape[0], block, cu_k.diff())
+            elif cu_k is not None:
+                made = work_list(cu_k, k.shape[0], block, cu_q.diff())
+            elif layout is not None and not torch.compiler.is_compiling():
+                made = layout.work(block)
+            else:
+                made = work_list(cu_q, q.shape[0], block)
+            lists[side, block] = made
+        return lists[side, block]
+
+    work = get("q", config.fwd.block_m)
+    if not wants_grad:
+        return work, None, None
+    return work, get("q", config.dq.block_m), get("k", config.dkv.block_n)
+
+
+# --- autograd -----------------------------------------------------------------------------------
+
+
+def _forward(chosen: str) -> Any:
+    if chosen == "triton" and backend.interpreting():
+        return _triton_fwd
+    return torch.ops.sora_kernels.packed_attention_fwd
+
+
+def _backward(chosen: str) -> Any:
+    if chosen == "triton" and backend.interpreting():
+        return _triton_bwd
+    return torch.ops.sora_kernels.packed_attention_bwd
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Saves q, k, v, out and lse; the backward computes the probabilities again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, chosen: str, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor,
+        work: Tensor | None, work_dq: Tensor | None, work_dkv: Tensor | None, *statics: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = _forward(chosen)(q, k, v, cu_q, cu_k, work, *statics)
+        ctx.chosen = chosen
+        ctx.statics = statics
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, work_dq, work_dkv)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        out = saved[3]
+        rest = (None,) * (5 + len(ctx.statics))
+        if dout is None and dlse is None:
+            return None, None, None, None, *rest
+        if dout is None:  # only the lse was used
+            dout = out.new_zeros(out.shape)
+        need_q, need_k, need_v = ctx.needs_input_grad[1:4]
+        dq, dk, dv = _backward(ctx.chosen)(
+            dout, dlse, *saved, *ctx.statics, need_q, need_k or need_v
         )
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"packed_attention: k expected head dim {q.shape[2]} as q, got {k.shape[2]}"
-        )
-    if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"packed_attention: head dim expected 1 to {MAX_HEAD_DIM}, got {q.shape[2]}"
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"packed_attention: the heads of k expected to divide those of q ({q.shape[1]}), "
-            f"got {k.shape[1]}"
+        return (
+            None,
+            dq if need_q else None,
+            dk if need_k else None,
+            dv if need_v else None,
+            *rest,
         )
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, x: Tensor) -> None:
-    if cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"packed_attention: {name} expected int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"packed_attention: {name} expected shape [segments + 1], got "
-            f"{tuple(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device != x.device:
-        raise ValueError(
-            f"packed_attention: {name} expected on {x.device}, got {cu_seqlens.device}"
-        )
+# --- registration -------------------------------------------------------------------------------
 
 
-def _host_lengths(name: str, cu_seqlens: Tensor, num_tokens: int) -> list[int]:
-    ends = cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
-    if ends[0] != 0 or min(lengths, default=0) < 0 or ends[-1] != num_tokens:
-        raise ValueError(
-            f"packed_attention: {name} expected to rise from 0 to {num_tokens}, the number of "
-            f"tokens, got {ends if len(ends) <= 8 else f'[{ends[0]}, ..., {ends[-1]}]'}"
-        )
-    return lengths
+def _triton_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, work: Tensor | None,
+    max_seqlen: int, max_seqlen_k: int, scale: float, causal: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from . import kernels
+
+    config = _config(q)
+    if work is None:
+        work = work_list(cu_q, q.shape[0], config.fwd.block_m, cu_k.diff())
+    return kernels.forward(q, k, v, cu_q, cu_k, work, scale, causal, config)
+
+
+def _triton_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor, cu_k: Tensor, work_dq: Tensor | None, work_dkv: Tensor | None, max_seqlen: int,
+    max_seqlen_k: int, scale: float, causal: bool, need_dq: bool, need_dkv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from . import kernels_bwd
+
+    config = _config(q)
+    if work_dq is None and need_dq:
+        work_dq = work_list(cu_q, q.shape[0], config.dq.block_m, cu_k.diff())
+    if work_dkv is None and need_dkv:
+        work_dkv = work_list(cu_k, k.shape[0], config.dkv.block_n, cu_q.diff())
+    return kernels_bwd.backward(
+        dout, dlse, q, k, v, out, lse, cu_q, cu_k, work_dq, work_dkv, scale, causal, need_dq,
+        need_dkv, config,
+    )  # fmt: skip
+
+
+def _cpu_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    from . import cpu
+
+    return cpu.forward(*args)
+
+
+def _cpu_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from . import cpu
+
+    return cpu.backward(*args)
+
+
+def _fake_fwd(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+def _fake_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_dq, need_dkv = args[-2:]
+    return (
+        q.new_empty(q.shape if need_dq else (0,)),
+        k.new_empty(k.shape if need_dkv else (0,)),
+        v.new_empty(v.shape if need_dkv else (0,)),
+    )
+
+
+_LENGTHS = "SymInt max_seqlen, SymInt max_seqlen_k, float scale, bool causal"
+backend.define(
+    f"{_OP}_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, "
+    f"Tensor? work, {_LENGTHS}) -> (Tensor, Tensor)"
+)
+backend.define(
+    f"{_OP}_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor? work_dq, Tensor? work_dkv, {_LENGTHS}, "
+    "bool need_dq, bool need_dkv) -> (Tensor, Tensor, Tensor)"
+)
+backend.implement(f"{_OP}_fwd", "CPU", _cpu_fwd)
+backend.implement(f"{_OP}_bwd", "CPU", _cpu_bwd)
+if backend.HAS_TRITON:
+    backend.implement(f"{_OP}_fwd", "CUDA", _triton_fwd)
+    backend.implement(f"{_OP}_bwd", "CUDA", _triton_bwd)
+for _name, _fn in ((f"{_OP}_fwd", _fake_fwd), (f"{_OP}_bwd", _fake_bwd)):
+    backend.fake(_name, _fn)
+    backend.guard_autograd(_name)

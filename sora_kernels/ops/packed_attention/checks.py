@@ -1,0 +1,69 @@
+"""What `packed_attention` accepts: one set of checks for eager, fake and compiled calls."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected fp32, bf16, fp16 or fp64, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+        if x.ndim != 3:
+            raise ValueError(f"{name}: expected [tokens, heads, head dim], got {tuple(x.shape)}")
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{name}: expected stride 1 in the last dimension, got {x.stride()}")
+    if k.shape != v.shape:
+        raise ValueError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head dim of 1 to {MAX_HEAD_DIM}, got {q.shape[2]}")
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k: expected the head dim of q, {q.shape[2]}, got {k.shape[2]}")
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"k: expected a number of heads that divides q's {q.shape[1]}, got {k.shape[1]}"
+        )
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, x: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name}: expected an int32 tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"{name}: expected int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape [segments + 1], got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"{name}: expected the device of q, {x.device}, got {cu_seqlens.device}")
+
+
+def check_scale(softmax_scale: float | None, head_dim: int) -> float:
+    if softmax_scale is None:
+        return float(head_dim**-0.5)
+    scale = float(softmax_scale)
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"softmax_scale: expected a finite number >= 0, got {softmax_scale}")
+    return scale
+
+
+def host_lengths(name: str, cu_seqlens: Tensor, num_tokens: int) -> list[int]:
+    """The segment lengths as Python ints; on a GPU this waits for the device."""
+    ends = cu_seqlens.tolist()
+    lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    if ends[0] != 0 or ends[-1] != num_tokens or min(lengths, default=0) < 0:
+        shown = ends if len(ends) <= 8 else f"{ends[0]}, ..., {ends[-1]}"
+        raise ValueError(
+            f"{name}: expected to rise from 0 to {num_tokens}, the number of tokens, got {shown}"
+        )
+    return lengths

@@ -1,0 +1,81 @@
+"""Launch configurations of `packed_attention`: a pure function of head dim, dtype and chip.
+
+Nothing here may depend on the pack: the blocks decide the order of summation, and packed must
+equal alone bitwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`block_m` query rows by `block_n` key rows; `group` query (or key) blocks run per head
+    before the next head starts, so that neighbours on the chip share their keys in L2."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    group: int = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launches of the three matrix kernels, and the two powers of two that tile the head dim."""
+
+    fwd: Launch
+    dq: Launch
+    dkv: Launch
+    dim1: int
+    dim2: int
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Powers of two (>= 16, or 0) whose sum covers `head_dim` with the least padding.
+
+    72 -> (64, 16), 96 -> (64, 32): fewer registers and bytes than one padded 128.
+    """
+    single = 16
+    while single < head_dim:
+        single *= 2
+    low = single // 2
+    if single == head_dim or low < 16:
+        return single, 0
+    rest = 16
+    while low + rest < head_dim:
+        rest *= 2
+    return (low, rest) if rest < low else (single, 0)
+
+
+INTERPRETER = Launch(32, 32, 1, 1, group=1)
+
+
+def choose_config(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None
+) -> Config:
+    """The launches for a chip; `capability=None` is the interpreter."""
+    dim1, dim2 = split_head_dim(head_dim)
+    if capability is None:
+        return Config(INTERPRETER, INTERPRETER, INTERPRETER, dim1, dim2)
+    if dtype is torch.float32:  # full-precision FMA: for tests, not for speed
+        small = Launch(32, 32, 4, 1) if head_dim <= 128 else Launch(16, 16, 4, 1)
+        return Config(small, small, small, dim1, dim2)
+    major = capability[0]
+    wide = dim1 + dim2
+    if wide > 128:
+        return Config(
+            Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), dim1, dim2
+        )
+    if major in (9, 10):
+        fwd = Launch(128, 128, 8, 2 if wide > 64 else 3)
+        dq = Launch(128, 64, 8, 2)
+        dkv = Launch(64, 64, 8, 2)
+    else:
+        fwd = Launch(128, 64, 8, 2)
+        dq = Launch(64, 64, 8, 1)
+        dkv = Launch(64, 64, 8, 1)
+    return Config(fwd, dq, dkv, dim1, dim2)

@@ -1,0 +1,215 @@
+"""Flash attention over packed segments: the Triton forward kernel and what both files share.
+
+One program = one block of query rows of one head of one segment (`work[w] = segment, block`).
+Blocks start at the segment's first token, so a segment computes the same bits in any pack.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import backend
+from .config import Config
+
+if backend.interpreting():
+    from ..._interpreter import repair
+
+    repair()
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _dot(a, b, UPCAST: tl.constexpr):
+    """a @ b in fp32. The interpreter multiplies bf16 wrongly, so there the operands go up first."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _load_tile(
+    base, rows, row_end, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """`[rows, FIRST : FIRST + WIDTH]`; zero beyond `row_end` (if MASKED) and beyond D."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = base + rows[:, None] * stride + columns[None, :]
+    if FIRST + WIDTH > D:
+        if MASKED:
+            return tl.load(
+                pointers, mask=(rows < row_end)[:, None] & (columns < D)[None, :], other=0.0
+            )
+        else:
+            return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    else:
+        if MASKED:
+            return tl.load(pointers, mask=(rows < row_end)[:, None], other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def _store_tile(
+    base, value, rows, row_end, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
+):
+    columns = FIRST + tl.arange(0, WIDTH)
+    mask = (rows < row_end)[:, None] & (columns < D)[None, :]
+    pointers = base + rows[:, None] * stride + columns[None, :]
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _locate(work_ptr, num_work, heads, GROUP: tl.constexpr):
+    """(head, segment, block) of this program; segment -1 = nothing to do.
+
+    GROUP neighbours of the work list run on one head, then on the next: longest segments still
+    start first, and programs that run together read the same keys.
+    """
+    pid = tl.program_id(0)
+    first = pid // (GROUP * heads) * GROUP
+    w = first + pid % GROUP
+    head = pid // GROUP % heads
+    inside = w < num_work
+    segment = tl.load(work_ptr + 2 * w, mask=inside, other=-1)
+    block = tl.load(work_ptr + 2 * w + 1, mask=inside, other=0)
+    return head, segment, block
+
+
+@triton.jit
+def _attend(
+    q1, q2, acc1, acc2, m_i, l_i, k_base, v_base, stride_kn, stride_vn, rows, begin, end, len_k,
+    limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the key rows [begin, end); key j is seen by row i iff j <= i + limit."""
+    o_n = tl.arange(0, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        far = tl.full((), 0, tl.int64) + start
+        k_block = k_base + far * stride_kn
+        v_block = v_base + far * stride_vn
+        left = len_k - start
+        k1 = _load_tile(k_block, o_n, left, stride_kn, 0, D1, D, MASKED)
+        scores = _dot(q1, tl.trans(k1), UPCAST)
+        if D2 > 0:
+            k2 = _load_tile(k_block, o_n, left, stride_kn, D1, D2, D, MASKED)
+            scores += _dot(q2, tl.trans(k2), UPCAST)
+        if MASKED:
+            columns = start + o_n
+            seen = (columns < len_k)[None, :] & (columns[None, :] <= rows[:, None] + limit)
+            scores = tl.where(seen, scores, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
+        if MASKED:  # a row that has seen nothing yet: -inf - -inf would be NaN
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        else:
+            shift = m_new
+        p = tl.exp2(scores * scale_log2 - shift[:, None])
+        alpha = tl.exp2(m_i - shift)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
+        if not UPCAST:
+            p = p.to(q1.dtype)
+        v1 = _load_tile(v_block, o_n, left, stride_vn, 0, D1, D, MASKED)
+        acc1 = acc1 * alpha[:, None] + _dot(p, v1, UPCAST)
+        if D2 > 0:
+            v2 = _load_tile(v_block, o_n, left, stride_vn, D1, D2, D, MASKED)
+            acc2 = acc2 * alpha[:, None] + _dot(p, v2, UPCAST)
+    return acc1, acc2, m_i, l_i
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_work", "group_size", "causal"])
+def _packed_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, work_ptr, cu_q_ptr, cu_k_ptr,
+    num_tokens, num_work, heads, group_size,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, causal,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(scale q k^T) v and lse, one block of rows (FlashAttention-2, algorithm 1)."""
+    head, segment, block = _locate(work_ptr, num_work, heads, GROUP)
+    if segment < 0:
+        return
+    begin_q = tl.load(cu_q_ptr + segment)
+    begin_k = tl.load(cu_k_ptr + segment)
+    len_q = tl.load(cu_q_ptr + segment + 1) - begin_q
+    len_k = tl.load(cu_k_ptr + segment + 1) - begin_k
+    start_m = block * BLOCK_M
+    first = (begin_q + start_m).to(tl.int64)  # of this block in the pack
+    head_k = (head // group_size).to(tl.int64)
+    o_m = tl.arange(0, BLOCK_M)
+    left_q = len_q - start_m
+
+    q_base = q_ptr + first * stride_qn + head.to(tl.int64) * stride_qh
+    q1 = _load_tile(q_base, o_m, left_q, stride_qn, 0, D1, D, True)  # [BLOCK_M, D1]
+    q2 = q1
+    acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    acc2 = acc1
+    if D2 > 0:
+        q2 = _load_tile(q_base, o_m, left_q, stride_qn, D1, D2, D, True)
+        acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+
+    k_base = k_ptr + begin_k.to(tl.int64) * stride_kn + head_k * stride_kh
+    v_base = v_ptr + begin_k.to(tl.int64) * stride_vn + head_k * stride_vh
+    limit = tl.where(causal != 0, len_k - len_q, len_k)
+    end = tl.maximum(tl.minimum(len_k, start_m + BLOCK_M + limit), 0)
+    # Blocks that every row of this block sees entirely need no mask.
+    full = tl.maximum(tl.minimum(len_k, start_m + limit + 1), 0) // BLOCK_N * BLOCK_N
+    rows = start_m + o_m
+    scale_log2 = scale * LOG2E
+    acc1, acc2, m_i, l_i = _attend(
+        q1, q2, acc1, acc2, m_i, l_i, k_base, v_base, stride_kn, stride_vn, rows, 0, full, len_k,
+        limit, scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
+    )  # fmt: skip
+    acc1, acc2, m_i, l_i = _attend(
+        q1, q2, acc1, acc2, m_i, l_i, k_base, v_base, stride_kn, stride_vn, rows, full, end, len_k,
+        limit, scale_log2, D, D1, D2, BLOCK_N, True, UPCAST,
+    )  # fmt: skip
+
+    blind = l_i == 0.0
+    inverse = 1.0 / tl.where(blind, 1.0, l_i)
+    out_base = out_ptr + (first * heads + head) * D
+    _store_tile(out_base, acc1 * inverse[:, None], o_m, left_q, heads * D, 0, D1, D)
+    if D2 > 0:
+        _store_tile(out_base, acc2 * inverse[:, None], o_m, left_q, heads * D, D1, D2, D)
+    lse = tl.where(blind, float("-inf"), (m_i + tl.log2(tl.where(blind, 1.0, l_i))) * LN2)
+    lse_base = lse_ptr + head.to(tl.int64) * num_tokens + first
+    tl.store(lse_base + o_m, lse, mask=o_m < left_q)
+
+
+def grid(num_work: int, heads: int, group: int) -> tuple[int]:
+    return (triton.cdiv(num_work, group) * group * heads,)
+
+
+def upcast(x: Tensor) -> bool:
+    """True for bf16 in the interpreter, whose bf16 arithmetic is wrong."""
+    return x.device.type == "cpu" and x.dtype is torch.bfloat16
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, work: Tensor, scale: float,
+    causal: bool, config: Config,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out `[N, H, D]` and lse `[H, N]`; `work` lists the query blocks of `config.fwd.block_m`."""
+    num_tokens, heads, head_dim = q.shape
+    out = q.new_empty((num_tokens, heads, head_dim))
+    lse = q.new_empty((heads, num_tokens), dtype=torch.float32)
+    launch = config.fwd
+    if num_tokens == 0 or heads == 0:
+        return out, lse
+    _packed_attention_fwd_kernel[grid(work.shape[0], heads, launch.group)](
+        q, k, v, out, lse, work, cu_q, cu_k,
+        num_tokens, work.shape[0], heads, heads // k.shape[1],
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        scale, int(causal),
+        D=head_dim, D1=config.dim1, D2=config.dim2,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group, UPCAST=upcast(q),
+        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,306 @@
+"""Backward of packed flash attention: delta, then dk and dv by key block, then dq by query block.
+
+Two passes instead of one with atomics: every sum has one order, so every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Config
+from .kernels import LOG2E, _dot, _load_tile, _locate, _store_tile, grid, upcast
+
+DELTA_BLOCK = 32
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _packed_attention_bwd_kernel_delta(
+    out_ptr, dout_ptr, dlse_ptr, delta_ptr, num_tokens, heads, stride_on, stride_oh,
+    HAS_DLSE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """delta = sum_d out * dout - dlse, so that ds = p * (dp - delta) holds for both gradients."""
+    pid = tl.program_id(0).to(tl.int64)
+    head = pid % heads
+    first = pid // heads * BLOCK
+    o_m = tl.arange(0, BLOCK)
+    left = num_tokens - first
+    out = _load_tile(
+        out_ptr + (first * heads + head) * D, o_m, left, heads * D, 0, WIDTH, D, True
+    )  # [BLOCK, D]
+    dout = _load_tile(
+        dout_ptr + first * stride_on + head * stride_oh, o_m, left, stride_on, 0, WIDTH, D, True
+    )
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    row = head * num_tokens + first + o_m
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + row, mask=o_m < left, other=0.0)
+    tl.store(delta_ptr + row, delta, mask=o_m < left)
+
+
+@triton.jit
+def _load_lse(lse_base, o_m, left):
+    """lse in units of log2; +inf where there is no row, or a row that saw no key: p becomes 0."""
+    lse = tl.load(lse_base + o_m, mask=o_m < left, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+
+
+@triton.jit
+def _gather_dq(
+    q1, q2, do1, do2, dq1, dq2, lse, delta, k_base, v_base, stride_kn, stride_vn, rows, begin, end,
+    len_k, limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Adds ds @ k of the key rows [begin, end) to dq."""
+    o_n = tl.arange(0, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        far = tl.full((), 0, tl.int64) + start
+        k_block = k_base + far * stride_kn
+        v_block = v_base + far * stride_vn
+        left = len_k - start
+        k1 = _load_tile(k_block, o_n, left, stride_kn, 0, D1, D, MASKED)
+        v1 = _load_tile(v_block, o_n, left, stride_vn, 0, D1, D, MASKED)
+        scores = _dot(q1, tl.trans(k1), UPCAST)
+        dp = _dot(do1, tl.trans(v1), UPCAST)
+        if D2 > 0:
+            k2 = _load_tile(k_block, o_n, left, stride_kn, D1, D2, D, MASKED)
+            v2 = _load_tile(v_block, o_n, left, stride_vn, D1, D2, D, MASKED)
+            scores += _dot(q2, tl.trans(k2), UPCAST)
+            dp += _dot(do2, tl.trans(v2), UPCAST)
+        p = tl.exp2(scores * scale_log2 - lse[:, None])
+        if MASKED:
+            columns = start + o_n
+            seen = (columns < len_k)[None, :] & (columns[None, :] <= rows[:, None] + limit)
+            p = tl.where(seen, p, 0.0)
+        ds = p * (dp - delta[:, None])
+        if not UPCAST:
+            ds = ds.to(q1.dtype)
+        dq1 += _dot(ds, k1, UPCAST)
+        if D2 > 0:
+            dq2 += _dot(ds, k2, UPCAST)
+    return dq1, dq2
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_work", "group_size", "causal"])
+def _packed_attention_bwd_kernel_dq(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, work_ptr, cu_q_ptr, cu_k_ptr,
+    num_tokens, num_work, heads, group_size, stride_qn, stride_qh, stride_kn, stride_kh,
+    stride_vn, stride_vh, stride_on, stride_oh, scale, causal,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dq = scale * (p * (dout v^T - delta)) k for one block of query rows."""
+    head, segment, block = _locate(work_ptr, num_work, heads, GROUP)
+    if segment < 0:
+        return
+    begin_q = tl.load(cu_q_ptr + segment)
+    begin_k = tl.load(cu_k_ptr + segment)
+    len_q = tl.load(cu_q_ptr + segment + 1) - begin_q
+    len_k = tl.load(cu_k_ptr + segment + 1) - begin_k
+    start_m = block * BLOCK_M
+    first = (begin_q + start_m).to(tl.int64)
+    head_q = head.to(tl.int64)
+    head_k = (head // group_size).to(tl.int64)
+    o_m = tl.arange(0, BLOCK_M)
+    left_q = len_q - start_m
+
+    q_base = q_ptr + first * stride_qn + head_q * stride_qh
+    do_base = dout_ptr + first * stride_on + head_q * stride_oh
+    q1 = _load_tile(q_base, o_m, left_q, stride_qn, 0, D1, D, True)  # [BLOCK_M, D1]
+    do1 = _load_tile(do_base, o_m, left_q, stride_on, 0, D1, D, True)
+    dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    q2, do2, dq2 = q1, do1, dq1
+    if D2 > 0:
+        q2 = _load_tile(q_base, o_m, left_q, stride_qn, D1, D2, D, True)
+        do2 = _load_tile(do_base, o_m, left_q, stride_on, D1, D2, D, True)
+        dq2 = tl.zeros([BLOCK_M, D2], tl.float32)
+    lse = _load_lse(lse_ptr + head_q * num_tokens + first, o_m, left_q)
+    delta = tl.load(
+        delta_ptr + head_q * num_tokens + first + o_m, mask=o_m < left_q, other=0.0
+    )
+
+    k_base = k_ptr + begin_k.to(tl.int64) * stride_kn + head_k * stride_kh
+    v_base = v_ptr + begin_k.to(tl.int64) * stride_vn + head_k * stride_vh
+    limit = tl.where(causal != 0, len_k - len_q, len_k)
+    end = tl.maximum(tl.minimum(len_k, start_m + BLOCK_M + limit), 0)
+    full = tl.maximum(tl.minimum(len_k, start_m + limit + 1), 0) // BLOCK_N * BLOCK_N
+    rows = start_m + o_m
+    scale_log2 = scale * LOG2E
+    dq1, dq2 = _gather_dq(
+        q1, q2, do1, do2, dq1, dq2, lse, delta, k_base, v_base, stride_kn, stride_vn, rows, 0,
+        full, len_k, limit, scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
+    )  # fmt: skip
+    dq1, dq2 = _gather_dq(
+        q1, q2, do1, do2, dq1, dq2, lse, delta, k_base, v_base, stride_kn, stride_vn, rows, full,
+        end, len_k, limit, scale_log2, D, D1, D2, BLOCK_N, True, UPCAST,
+    )  # fmt: skip
+    dq_base = dq_ptr + (first * heads + head) * D
+    _store_tile(dq_base, dq1 * scale, o_m, left_q, heads * D, 0, D1, D)
+    if D2 > 0:
+        _store_tile(dq_base, dq2 * scale, o_m, left_q, heads * D, D1, D2, D)
+
+
+@triton.jit
+def _gather_dkv(
+    k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base, do_base, lse_base, delta_base, stride_qn,
+    stride_on, columns, blocks_low, begin_low, blocks, begin, len_q, limit, scale_log2,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Adds p^T @ dout to dv and ds^T @ q to dk over `blocks` blocks of query rows.
+
+    The first `blocks_low` of them start at row `begin_low`, the others at row `begin`.
+    """
+    o_m = tl.arange(0, BLOCK_M)
+    for i in range(0, blocks):
+        start = tl.where(i < blocks_low, begin_low + i * BLOCK_M, begin + (i - blocks_low) * BLOCK_M)
+        q_block = q_base + start.to(tl.int64) * stride_qn
+        do_block = do_base + start.to(tl.int64) * stride_on
+        left = len_q - start
+        q1 = _load_tile(q_block, o_m, left, stride_qn, 0, D1, D, MASKED)
+        do1 = _load_tile(do_block, o_m, left, stride_on, 0, D1, D, MASKED)
+        lse = _load_lse(lse_base + start, o_m, left)
+        scores = _dot(k1, tl.trans(q1), UPCAST)  # [BLOCK_N, BLOCK_M]
+        if D2 > 0:
+            q2 = _load_tile(q_block, o_m, left, stride_qn, D1, D2, D, MASKED)
+            do2 = _load_tile(do_block, o_m, left, stride_on, D1, D2, D, MASKED)
+            scores += _dot(k2, tl.trans(q2), UPCAST)
+        p = tl.exp2(scores * scale_log2 - lse[None, :])
+        if MASKED:
+            p = tl.where(columns[:, None] <= (start + o_m)[None, :] + limit, p, 0.0)
+        if UPCAST:
+            p_low = p
+        else:
+            p_low = p.to(q1.dtype)
+        dv1 += _dot(p_low, do1, UPCAST)
+        delta = tl.load(delta_base + start + o_m, mask=o_m < left, other=0.0)
+        dp = _dot(v1, tl.trans(do1), UPCAST)
+        if D2 > 0:
+            dv2 += _dot(p_low, do2, UPCAST)
+            dp += _dot(v2, tl.trans(do2), UPCAST)
+        ds = p * (dp - delta[None, :])
+        if not UPCAST:
+            ds = ds.to(q1.dtype)
+        dk1 += _dot(ds, q1, UPCAST)
+        if D2 > 0:
+            dk2 += _dot(ds, q2, UPCAST)
+    return dk1, dk2, dv1, dv2
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_work", "group_size", "causal"])
+def _packed_attention_bwd_kernel_dkv(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, work_ptr, cu_q_ptr,
+    cu_k_ptr, num_tokens, num_work, heads_k, group_size, stride_qn, stride_qh, stride_kn,
+    stride_kh, stride_vn, stride_vh, stride_on, stride_oh, scale, causal,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dv = p^T dout and dk = scale * ds^T q for one block of key rows, over its group of heads."""
+    head_k, segment, block = _locate(work_ptr, num_work, heads_k, GROUP)
+    if segment < 0:
+        return
+    begin_q = tl.load(cu_q_ptr + segment)
+    begin_k = tl.load(cu_k_ptr + segment)
+    len_q = tl.load(cu_q_ptr + segment + 1) - begin_q
+    len_k = tl.load(cu_k_ptr + segment + 1) - begin_k
+    start_n = block * BLOCK_N
+    first = (begin_k + start_n).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)
+    left_k = len_k - start_n
+
+    k_base = k_ptr + first * stride_kn + head_k.to(tl.int64) * stride_kh
+    v_base = v_ptr + first * stride_vn + head_k.to(tl.int64) * stride_vh
+    k1 = _load_tile(k_base, o_n, left_k, stride_kn, 0, D1, D, True)  # [BLOCK_N, D1]
+    v1 = _load_tile(v_base, o_n, left_k, stride_vn, 0, D1, D, True)
+    dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
+    dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
+    k2, v2, dk2, dv2 = k1, v1, dk1, dv1
+    if D2 > 0:
+        k2 = _load_tile(k_base, o_n, left_k, stride_kn, D1, D2, D, True)
+        v2 = _load_tile(v_base, o_n, left_k, stride_vn, D1, D2, D, True)
+        dk2 = tl.zeros([BLOCK_N, D2], tl.float32)
+        dv2 = tl.zeros([BLOCK_N, D2], tl.float32)
+
+    # Query rows, in blocks: [low, diagonal) see some keys of this block, [diagonal, whole) see all
+    # of them, and [whole, len_q) is the last, partial block.
+    limit = tl.where(causal != 0, len_k - len_q, len_k)
+    low = tl.minimum(tl.maximum(start_n - limit, 0), len_q) // BLOCK_M * BLOCK_M
+    whole = tl.maximum(len_q // BLOCK_M * BLOCK_M, low)
+    diagonal = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - limit, 0), BLOCK_M) * BLOCK_M
+    diagonal = tl.minimum(tl.maximum(diagonal, low), whole)
+    blocks_low = (diagonal - low) // BLOCK_M
+    blocks_masked = blocks_low + tl.cdiv(len_q - whole, BLOCK_M)
+    columns = start_n + o_n
+    scale_log2 = scale * LOG2E
+    for g in range(0, group_size):
+        head_q = (head_k * group_size + g).to(tl.int64)
+        q_base = q_ptr + begin_q.to(tl.int64) * stride_qn + head_q * stride_qh
+        do_base = dout_ptr + begin_q.to(tl.int64) * stride_on + head_q * stride_oh
+        lse_base = lse_ptr + head_q * num_tokens + begin_q
+        delta_base = delta_ptr + head_q * num_tokens + begin_q
+        dk1, dk2, dv1, dv2 = _gather_dkv(
+            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base, do_base, lse_base, delta_base, stride_qn,
+            stride_on, columns, 0, 0, (whole - diagonal) // BLOCK_M, diagonal, len_q, limit,
+            scale_log2, D, D1, D2, BLOCK_M, False, UPCAST,
+        )  # fmt: skip
+        dk1, dk2, dv1, dv2 = _gather_dkv(
+            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base, do_base, lse_base, delta_base, stride_qn,
+            stride_on, columns, blocks_low, low, blocks_masked, whole, len_q, limit,
+            scale_log2, D, D1, D2, BLOCK_M, True, UPCAST,
+        )  # fmt: skip
+    dk_base = dk_ptr + (first * heads_k + head_k) * D
+    dv_base = dv_ptr + (first * heads_k + head_k) * D
+    _store_tile(dk_base, dk1 * scale, o_n, left_k, heads_k * D, 0, D1, D)
+    _store_tile(dv_base, dv1, o_n, left_k, heads_k * D, 0, D1, D)
+    if D2 > 0:
+        _store_tile(dk_base, dk2 * scale, o_n, left_k, heads_k * D, D1, D2, D)
+        _store_tile(dv_base, dv2, o_n, left_k, heads_k * D, D1, D2, D)
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor, cu_k: Tensor, work_dq: Tensor, work_dkv: Tensor, scale: float, causal: bool,
+    need_dq: bool, need_dkv: bool, config: Config,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv); what is not needed comes back empty."""
+    num_tokens, heads, head_dim = q.shape
+    heads_k = k.shape[1]
+    dq = q.new_empty(q.shape if need_dq else (0,))
+    dk = k.new_empty(k.shape if need_dkv else (0,))
+    dv = v.new_empty(v.shape if need_dkv else (0,))
+    if heads == 0:
+        return dq, dk, dv
+    if dout.stride(-1) != 1:  # an expanded gradient; the kernels read rows
+        dout = dout.contiguous()
+    delta = q.new_empty((heads, num_tokens), dtype=torch.float32)
+    if num_tokens:
+        _packed_attention_bwd_kernel_delta[(triton.cdiv(num_tokens, DELTA_BLOCK) * heads,)](
+            out, dout, delta if dlse is None else dlse.contiguous(), delta,
+            num_tokens, heads, dout.stride(0), dout.stride(1),
+            HAS_DLSE=dlse is not None, D=head_dim, WIDTH=triton.next_power_of_2(head_dim),
+            BLOCK=DELTA_BLOCK, num_warps=4, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+    strides = (
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        dout.stride(0), dout.stride(1),
+    )  # fmt: skip
+    dims = {"D": head_dim, "D1": config.dim1, "D2": config.dim2, "UPCAST": upcast(q)}
+    if need_dkv and k.shape[0]:
+        launch = config.dkv
+        _packed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads_k, launch.group)](
+            q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_q, cu_k,
+            num_tokens, work_dkv.shape[0], heads_k, heads // heads_k, *strides, scale, int(causal),
+            **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    if need_dq and num_tokens:
+        launch = config.dq
+        _packed_attention_bwd_kernel_dq[grid(work_dq.shape[0], heads, launch.group)](
+            q, k, v, dout, lse, delta, dq, work_dq, cu_q, cu_k,
+            num_tokens, work_dq.shape[0], heads, heads // heads_k, *strides, scale, int(causal),
+            **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return dq, dk, dv
