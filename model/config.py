@@ -111,8 +111,8 @@ WORLDS: dict[str, WorldConfig] = {
     # For the VAE: patches and short motions matter, not stories; small canvases are cheap.
     "vae": WorldConfig(
         kinds=(
-            ("one", 0.62), ("still", 0.03), ("bounce", 0.06), ("exit", 0.05), ("two", 0.09),
-            ("occlude", 0.06), ("camera", 0.06), ("three", 0.03),
+            ("one", 0.62), ("still", 0.03), ("bounce", 0.06), ("exit", 0.05), ("two", 0.12),
+            ("occlude", 0.06), ("camera", 0.06),
         ),
         sizes=(((32, 32), 0.80), ((32, 48), 0.06), ((48, 32), 0.06), ((40, 40), 0.08)),
         frames=((9, 0.84), (5, 0.06), (1, 0.06), (13, 0.04)),
@@ -184,6 +184,9 @@ class TrainConfig:
     tokens: grid and text tokens of one pack, the batch of one step.
     given: probability that a clip of several latent frames shows its first ones as given.
     no_prompt: probability that a clip is shown without its prompt (for guidance).
+    learning_rate: peak of AdamW's. muon: peak of Muon's, for the matrices inside the blocks; 0 = AdamW
+        for these too.
+    matmul: precision of fp32 matrix products: "highest" is fp32, "medium" rounds the factors to bf16.
     """
 
     dit: str
@@ -192,6 +195,8 @@ class TrainConfig:
     tokens: int
     steps: int
     learning_rate: float = 2e-3
+    muon: float = 0.0
+    matmul: str = "highest"
     warmup: int = 100
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)

@@ -46,6 +46,7 @@ KINDS: tuple[str, ...] = (
 )  # fmt: skip
 SPLITS: tuple[str, ...] = ("train", "val", "held_out")
 _TRIES = 2000
+_ROUNDS = 20
 _SUBSTEPS = 8
 
 
@@ -154,18 +155,23 @@ def sample_scene(
     if held_out:
         shape, colour, direction = sorted(HELD_OUT)[int(rng.integers(len(HELD_OUT)))]
         wanted, kind = Wanted(shape, colour, direction), "one"
-    if kind is None:
-        kind = "image" if count == 1 else str(_choose(rng, config.kinds))
-    if kind not in KINDS:
+    if kind is not None and kind not in KINDS:
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
-    if (kind == "image") != (count == 1):
+    if kind is not None and (kind == "image") != (count == 1):
         raise ValueError(f"kind: {kind!r} does not go with frames={count}")
     background = str(_choose(rng, config.backgrounds))
-    for _ in range(_TRIES):
-        scene = _attempt(rng, config, kind, count, height, width, background, wanted)
-        if scene is not None and (wanted is not None or not _shows_held_out(scene)):
-            return scene
-    raise ValueError(f"no {kind!r} scene of {count} frames found that fits {height}x{width}")
+    # A kind drawn from the mix can be impossible (no exit within five frames): draw another.
+    rounds = 1 if kind is not None or count == 1 else _ROUNDS
+    for _ in range(rounds):
+        drawn = kind or ("image" if count == 1 else str(_choose(rng, config.kinds)))
+        for _ in range(_TRIES // rounds):
+            scene = _attempt(rng, config, drawn, count, height, width, background, wanted)
+            if scene is not None and (wanted is not None or not _shows_held_out(scene)):
+                return scene
+    raise ValueError(
+        f"kind: no scene of kind {kind or 'any'} with {count} frames found that fits "
+        f"{height}x{width}"
+    )
 
 
 def _choose(rng: np.random.Generator, weights: Weights):  # type: ignore[no-untyped-def]

@@ -1,0 +1,360 @@
+"""Train the video VAE on the procedural world.
+
+    python -m model.train_vae --config tiny --minutes 26 --out runs/vae [--resume]
+
+Stage 1 trains encoder and decoder. Then the encoder is frozen, the latent scale is measured and
+``vae_stage1`` is written: latents are final from here on, so a generator can start on them.
+Stage 2 trains the decoder alone on those latents and ends with ``vae``. Both are averages (EMA).
+
+Every batch is a pure function of (seed, step), so a resumed run gives the same bits as one that
+was never stopped. Ctrl-C writes the state and leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.config import VAES, WORLDS, VAEConfig, WorldConfig
+from model.optim import Muon
+from model.vae import VideoVAE, load_vae, save_vae
+from model.world import render, sample_scene
+
+MAX_SIGNAL = 2.0  # the range of a pixel, for PSNR
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What shapes a run. ``steps`` covers both stages; ``stage1`` is the first one's share."""
+
+    steps: int = 8000
+    stage1: float = 0.67
+    batch: int = 3
+    seed: int = 0
+    matrix_lr: float = 0.03
+    other_lr: float = 2e-3
+    warmup: int = 100
+    ema: float = 0.998
+    latent_noise: float = 0.03  # added in training, so that the decoder forgives the generator
+    save_every: int = 500
+
+
+def batch_of(config: TrainConfig, world: WorldConfig, step: int) -> Tensor:
+    """The clips of one step, all of one size: float [B, T, H, W, 3]."""
+    rng = np.random.default_rng([config.seed, 7, step])
+    first = sample_scene(rng, world)
+    size = (first.height, first.width)
+    scenes = [first] + [
+        sample_scene(rng, world, size=size, frames=first.frames) for _ in range(config.batch - 1)
+    ]
+    return torch.stack([render(scene) for scene in scenes]).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def validation(world: WorldConfig, count: int = 32, seed: int = 1) -> list[Tensor]:
+    """Clips [3, T, H, W] that are never trained on."""
+    return [
+        render(sample_scene(np.random.default_rng([seed, 11, number]), world))
+        for number in range(count)
+    ]
+
+
+@torch.no_grad()
+def psnr(vae: VideoVAE, clips: Iterable[Tensor]) -> float:
+    """PSNR in dB of the mean squared error over all pixels of all clips."""
+    error, pixels = 0.0, 0
+    for clip in clips:
+        made = vae.decode(vae.encode(clip[None]), tuple(clip.shape[1:]))[0]  # type: ignore[arg-type]
+        error += float((made - clip).double().square().sum())
+        pixels += clip.numel()
+    return 10 * math.log10(MAX_SIGNAL**2 * pixels / max(error, 1e-12))
+
+
+def optimisers(config: TrainConfig, module: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside, AdamW for the rim (first and last layers) and the gains."""
+    inner, other = [], []
+    for name, parameter in module.named_parameters():
+        rim = "stem" in name or "head" in name
+        (other if parameter.ndim < 2 or rim else inner).append(parameter)
+    return [
+        Muon(inner, lr=config.matrix_lr),
+        torch.optim.AdamW(other, lr=config.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+class Run:
+    """The whole state of a training run."""
+
+    def __init__(self, config: TrainConfig, model: VAEConfig, world: WorldConfig) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.world = config, world
+        self.vae = VideoVAE(model)
+        self.average = VideoVAE(model).requires_grad_(False)
+        self.average.load_state_dict(self.vae.state_dict())
+        self.optimisers = optimisers(config, self.vae)
+        self.step = 0
+        self.curve: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    @property
+    def boundary(self) -> int:
+        """The first step of stage 2."""
+        return int(self.config.steps * self.config.stage1)
+
+    def rate(self) -> float:
+        """Factor on the learning rates: warm-up and cosine, once per stage."""
+        second = self.step >= self.boundary
+        begin, end = (self.boundary, self.config.steps) if second else (0, self.boundary)
+        done = (self.step - begin) / max(1, end - begin)
+        warm = min(1.0, (self.step - begin + 1) / self.config.warmup)
+        peak, floor = (0.5, 0.0) if second else (1.0, 0.02)
+        return warm * peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def freeze_encoder(self) -> None:
+        """Stage 1 -> 2: keep the averaged weights, measure the latent scale, restart the decoder."""
+        self.vae.load_state_dict(self.average.state_dict())
+        self.vae.encoder.requires_grad_(False)
+        with torch.no_grad():
+            clips = [batch_of(replace(self.config, seed=9), self.world, i) for i in range(48)]
+            squares = torch.stack([self.vae.encoder(clip).square().mean() for clip in clips])
+        for vae in (self.vae, self.average):
+            vae.scale.fill_(float(squares.mean().rsqrt()))
+        self.optimisers = optimisers(self.config, self.vae.decoder)
+
+    def train_step(self) -> dict[str, float]:
+        clips = batch_of(self.config, self.world, self.step)
+        noise = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        frozen = self.step >= self.boundary
+        with torch.set_grad_enabled(not frozen):
+            latent = self.vae.encoder(clips)
+        spread = self.config.latent_noise * latent.detach().std()
+        made = self.vae.decoder(latent + spread * torch.randn(latent.shape, generator=noise))
+        error = made - clips
+        mse, l1 = error.square().mean(), error.abs().mean()
+        loss = mse + 0.15 * l1
+        if not frozen:
+            loss = loss + 1e-3 * (latent.square().mean() - 1).square()
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        factor = self.rate()
+        for optimiser, lr in zip(
+            self.optimisers, (self.config.matrix_lr, self.config.other_lr), strict=True
+        ):
+            for group in optimiser.param_groups:
+                group["lr"] = lr * factor
+            optimiser.step()
+        self._average()
+        self.step += 1
+        return {"mse": float(mse.detach()), "l1": float(l1.detach())}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        since = self.step - (self.boundary if self.step >= self.boundary else 0)
+        decay = min(self.config.ema, (since + 1) / (since + 10))
+        mean, now = list(self.average.parameters()), list(self.vae.parameters())
+        torch._foreach_lerp_(mean, now, 1 - decay)
+
+    def save(self, path: Path) -> None:
+        state = {
+            "config": asdict(self.config), "model": asdict(self.vae.config), "step": self.step,
+            "vae": self.vae.state_dict(), "average": self.average.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "curve": self.curve, "seconds": self.seconds,
+        }  # fmt: skip
+        torch.save(state, f"{path}.part")
+        os.replace(f"{path}.part", path)
+
+    @classmethod
+    def load(cls, path: Path, world: WorldConfig) -> Run:
+        state = torch.load(path, weights_only=True)
+        run = cls(TrainConfig(**state["config"]), VAEConfig(**state["model"]), world)
+        run.step = state["step"]
+        if run.step >= run.boundary:
+            run.freeze_encoder()
+        run.vae.load_state_dict(state["vae"])
+        run.average.load_state_dict(state["average"])
+        for optimiser, saved in zip(run.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        run.curve, run.seconds = state["curve"], state["seconds"]
+        return run
+
+    def finished(self) -> VideoVAE:
+        """The averaged model with its scale in its config."""
+        vae = VideoVAE(replace(self.average.config, scale=float(self.average.scale)))
+        vae.load_state_dict(self.average.state_dict())
+        return vae.eval().requires_grad_(False)
+
+
+def write_curve(run: Run, folder: Path, command: str) -> None:
+    """vae_loss.json and vae_loss.png."""
+    text = json.dumps(
+        {"command": command, "config": asdict(run.config), "seconds": round(run.seconds, 1),
+         "stage1_steps": run.boundary, "curve": run.curve}, indent=0,
+    )  # fmt: skip
+    (folder / "vae_loss.json.part").write_text(text + "\n")
+    os.replace(folder / "vae_loss.json.part", folder / "vae_loss.json")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axis = figure.add_subplot()
+    steps = [point["step"] for point in run.curve]
+    axis.plot(
+        steps, [10 * math.log10(4 / point["mse"]) for point in run.curve], lw=1, label="train"
+    )
+    checked = [point for point in run.curve if "psnr" in point]
+    axis.plot(
+        [point["step"] for point in checked], [point["psnr"] for point in checked], "o-", ms=3,
+        label="validation, averaged weights",
+    )  # fmt: skip
+    axis.axvline(run.boundary, color="gray", ls=":", label="encoder frozen")
+    axis.set(xlabel="step", ylabel="PSNR, dB", title="Video VAE, tiny")
+    axis.legend()
+    FigureCanvasAgg(figure).print_png(folder / "vae_loss.png.part")
+    os.replace(folder / "vae_loss.png.part", folder / "vae_loss.png")
+
+
+@contextmanager
+def progress(quiet: bool, total: int, start: int) -> Iterator[Any]:
+    """Yields update(step, text)."""
+    if quiet:
+        yield lambda step, text: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("VAE"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[text]}"))  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("vae", total=total, completed=start, text="")
+        yield lambda step, text: bar.update(task, completed=step, text=text)
+
+
+def train(
+    run: Run, folder: Path, command: str, quiet: bool = False, until: int | None = None
+) -> None:
+    """Train to the end (or to step ``until``), writing the state and the checkpoints."""
+    clips = validation(run.world)
+    last = run.config.steps if until is None else min(until, run.config.steps)
+    window: list[dict[str, float]] = []
+    with progress(quiet, run.config.steps, run.step) as update:
+        try:
+            while run.step < last:
+                began = time.monotonic()
+                window.append(run.train_step())
+                run.seconds += time.monotonic() - began
+                if run.step % 50 == 0:
+                    mean = {
+                        key: sum(item[key] for item in window) / len(window) for key in window[0]
+                    }
+                    window.clear()
+                    run.curve.append({"step": run.step, "seconds": round(run.seconds, 1), **mean})
+                    update(run.step, f"train {10 * math.log10(4 / mean['mse']):.2f} dB")
+                if run.step == run.boundary:
+                    run.freeze_encoder()
+                    vae = run.finished()
+                    save_vae(vae, folder, "vae_stage1")
+                    print(
+                        f"stage 1 done after {run.seconds / 60:.1f} min: encoder frozen, "
+                        f"{psnr(vae, clips):.2f} dB, {folder / 'vae_stage1.safetensors'}",
+                        flush=True,
+                    )
+                if run.step % run.config.save_every == 0 or run.step == run.boundary:
+                    if run.curve:
+                        run.curve[-1]["psnr"] = round(psnr(run.average, clips), 3)
+                        print(json.dumps(run.curve[-1]), flush=True)
+                    run.save(folder / "vae_state.pt")
+        except KeyboardInterrupt:
+            run.save(folder / "vae_state.pt")
+            raise
+    run.save(folder / "vae_state.pt")
+    if run.step >= run.config.steps:
+        save_vae(run.finished(), folder, "vae")
+        final = psnr(load_vae(folder), clips)
+        if run.curve:
+            run.curve[-1]["psnr"] = round(final, 3)
+        write_curve(run, folder, command)
+        print(
+            f"done after {run.seconds / 60:.1f} min: {final:.2f} dB, {folder / 'vae.safetensors'}",
+            flush=True,
+        )
+
+
+def steps_for(minutes: float, run: Run, probe: int = 40) -> int:
+    """How many steps fit, measured on the first ones of a throw-away copy of the run."""
+    for _ in range(5):
+        run.train_step()
+    began = time.monotonic()
+    for _ in range(probe):
+        run.train_step()
+    full = (time.monotonic() - began) / probe
+    # Stage 2 skips the encoder's backward: measured about 0.62 of a full step.
+    share = run.config.stage1
+    return max(100, int(minutes * 60 / (full * (share + 0.62 * (1 - share)))))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m model.train_vae", description=__doc__)
+    parser.add_argument("--config", default="tiny", choices=sorted(VAES))
+    parser.add_argument("--world", default="vae", choices=sorted(WORLDS))
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int)
+    length.add_argument(
+        "--minutes", type=float, help="choose the steps so that they take this long"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--quiet", action="store_true")
+    options = parser.parse_args(arguments)
+    world, state = WORLDS[options.world], options.out / "vae_state.pt"
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if options.resume:
+            if not state.is_file():
+                raise ValueError(f"--resume: {state} does not exist")
+            run = Run.load(state, world)
+        else:
+            config = TrainConfig(seed=options.seed)
+            if options.steps is not None:
+                config = replace(config, steps=options.steps)
+            elif options.minutes is not None:
+                probe = Run(config, VAES[options.config], world)
+                config = replace(config, steps=steps_for(options.minutes, probe))
+            if config.steps < 2:
+                raise ValueError(f"--steps: expected at least 2, got {config.steps}")
+            run = Run(config, VAES[options.config], world)
+        command = "python -m model.train_vae " + " ".join(
+            sys.argv[1:] if arguments is None else arguments
+        )
+        train(run, options.out, command, options.quiet)
+    except (ValueError, OSError) as error:
+        print(f"train_vae: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"train_vae: stopped; continue with --resume --out {options.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
