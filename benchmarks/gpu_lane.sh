@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Build, test and measure on a machine with an NVIDIA GPU; no network, no installation.
+#   benchmarks/gpu_lane.sh --out DIR [--budget MINUTES] [--part NAME ...] [--quick] [--list]
+# Needs a Python with torch (CUDA build), triton, numpy, pytest, rich and ninja: $PYTHON, or .venv,
+# or python3, whichever sees a GPU first.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+sees_gpu() {
+  command -v "$1" >/dev/null && "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
+}
+
+for python in ${PYTHON:+"$PYTHON"} .venv/bin/python python3; do
+  if sees_gpu "$python"; then
+    exec "$python" benchmarks/gpu_lane.py "$@"
+  fi
+done
+exec "${PYTHON:-python3}" benchmarks/gpu_lane.py --no-gpu "$@"
