@@ -1,0 +1,51 @@
+// Row-indexed modulation: which row of a [R, D] matrix a token uses, and the inverse of that map.
+// Plain data filled by the bindings; the inline functions are `static` so that no translation unit
+// shares its (instruction set specific) copy with another.
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace sora {
+
+// A [R, D] matrix with unit stride along D.
+struct Matrix {
+  const void* data = nullptr;
+  int64_t stride = 0;  // elements from one row to the next
+  DType type = DType::f32;
+};
+
+// A [B, L, D] tensor seen as N = B * L tokens of width D, unit stride along D.
+struct Tokens {
+  const void* data = nullptr;
+  int64_t per_batch = 1;     // L
+  int64_t batch_stride = 0;  // elements
+  int64_t token_stride = 0;
+  DType type = DType::f32;
+};
+
+template <class T>
+static inline const T* token_row(const Tokens& x, int64_t n) {
+  return static_cast<const T*>(x.data) + (n / x.per_batch) * x.batch_stride +
+         (n % x.per_batch) * x.token_stride;
+}
+
+// sora_kernels/rows.py RowMap. Uniform maps have no index: row(n) = n / tokens_per_row.
+struct RowMap {
+  const int32_t* index = nullptr;    // [N]
+  const int32_t* order = nullptr;    // [N], tokens sorted by row; null: already sorted
+  const int32_t* offsets = nullptr;  // [R + 1]
+  int64_t tokens_per_row = 1;
+};
+
+static inline int64_t row_of(const RowMap& map, int64_t token) {
+  return map.index ? map.index[token] : token / map.tokens_per_row;
+}
+static inline int64_t token_at(const RowMap& map, int64_t position) {
+  return map.order ? map.order[position] : position;
+}
+static inline int64_t row_begin(const RowMap& map, int64_t row) {
+  return map.offsets ? map.offsets[row] : row * map.tokens_per_row;
+}
+
+}  // namespace sora

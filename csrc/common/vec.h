@@ -1,0 +1,198 @@
+// One SIMD register of floats. Its width follows the instruction set of the translation unit:
+// every kernel file is compiled once per instruction set, in a namespace named after it (SORA_ISA),
+// and csrc/cpu/isa.h picks one at run time. Everything here lives in that namespace, because a
+// shared inline function would be merged by the linker into one (possibly illegal) version.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "dtype.h"
+
+#ifndef SORA_ISA
+#error "compile kernel files with -DSORA_ISA=<namespace>; see setup.py"
+#endif
+
+namespace sora::SORA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HVec __attribute__((vector_size(kLanes * 2)));
+
+inline Vec splat(float v) { return Vec{} + v; }
+
+// --- fp32 <-> storage, one register ---------------------------------------------------------
+
+inline Vec widen(HVec h, const bf16*) {
+  UVec u = __builtin_convertvector(h, UVec) << 16;
+  return (Vec)u;
+}
+
+inline HVec narrow(Vec v, const bf16*) {  // round to nearest even, NaN stays NaN
+  UVec u = (UVec)v;
+  UVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  IVec is_nan = v != v;
+  rounded = ((UVec)is_nan & 0x7fc0u) | (~(UVec)is_nan & rounded);
+  return __builtin_convertvector(rounded, HVec);
+}
+
+inline Vec widen(HVec h, const f16*) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps((__m128i)h);
+#else
+  // Move exponent and mantissa into place and rescale: exact for normal and subnormal numbers.
+  UVec u = __builtin_convertvector(h, UVec);
+  UVec sign = (u & 0x8000u) << 16;
+  UVec magnitude = (u & 0x7fffu) << 13;
+  Vec value = (Vec)magnitude * splat(0x1p112f);
+  UVec special = (UVec)((u & 0x7c00u) == 0x7c00u);  // infinity and NaN keep all exponent bits
+  UVec bits = (special & (magnitude | 0x7f800000u)) | (~special & (UVec)value);
+  return (Vec)(bits | sign);
+#endif
+}
+
+inline HVec narrow(Vec v, const f16*) {
+#if defined(__AVX512F__)
+  return (HVec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (HVec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  UVec u = (UVec)v;
+  UVec sign = (u >> 16) & 0x8000u;
+  UVec magnitude = u & 0x7fffffffu;
+  // Subnormal halves: adding 0.5 aligns the mantissa so that the FPU itself rounds to even.
+  Vec shifted = (Vec)magnitude + splat(0.5f);
+  UVec small = (UVec)shifted - 0x3f000000u;
+  UVec normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  UVec is_small = (UVec)(magnitude < 0x38800000u);
+  UVec is_big = (UVec)(magnitude >= 0x477ff000u);
+  UVec is_nan = (UVec)(magnitude > 0x7f800000u);
+  UVec half = (is_small & small) | (~is_small & normal);
+  half = (is_big & 0x7c00u) | (~is_big & half);
+  half = (is_nan & 0x7e00u) | (~is_nan & half);
+  return __builtin_convertvector(half | sign, HVec);
+#endif
+}
+
+// --- loads and stores ------------------------------------------------------------------------
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+template <class T>
+inline Vec load(const T* p) {
+  HVec h;
+  std::memcpy(&h, p, sizeof h);
+  return widen(h, p);
+}
+template <class T>
+inline void store(T* p, Vec v) {
+  HVec h = narrow(v, p);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The last n < kLanes elements of a row; the other lanes are zero.
+template <class T>
+inline Vec load_tail(const T* p, int64_t n) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+inline void store_tail(T* p, Vec v, int64_t n) {
+  T buffer[kLanes];
+  store(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+// Stores that bypass the cache, for outputs that are not read again soon: an ordinary store first
+// reads the line it is about to overwrite. p must be aligned to the register's storage size.
+inline void stream(float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+template <class T>
+inline void stream(T* p, Vec v) {
+  HVec h = narrow(v, p);
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)h);
+#elif defined(__AVX2__)
+  _mm_stream_si128((__m128i*)p, (__m128i)h);
+#else
+  std::memcpy(p, &h, sizeof h);
+#endif
+}
+template <class T>
+inline bool can_stream(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(T)) == 0;
+}
+inline void stream_fence() {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
+// --- arithmetic ------------------------------------------------------------------------------
+
+// v rounded to the precision of T and back.
+inline Vec round_to(Vec v, const float*) { return v; }
+template <class T>
+inline Vec round_to(Vec v, const T* type) {
+  return widen(narrow(v, type), type);
+}
+
+inline float sum(Vec v) {  // fixed order: pairs, then pairs of pairs
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// Calls body(offset, load, store) over a row of n elements: full registers, then one tail.
+// `load` and `store` are Full or Tail below, so that a kernel is written once.
+struct Full {
+  template <class T>
+  Vec get(const T* p) const { return load(p); }
+  template <class T>
+  void put(T* p, Vec v) const { store(p, v); }
+};
+struct Tail {
+  int64_t n;
+  template <class T>
+  Vec get(const T* p) const { return load_tail(p, n); }
+  template <class T>
+  void put(T* p, Vec v) const { store_tail(p, v, n); }
+};
+template <class Body>
+inline void for_row(int64_t n, Body&& body) {
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) body(d, Full{});
+  if (d < n) body(d, Tail{n - d});
+}
+
+}  // namespace sora::SORA_ISA

@@ -1,0 +1,59 @@
+"""Loads the compiled parts of the package, and remembers why one is missing.
+
+Three shared objects may lie beside this file; each is optional:
+
+- ``_C_cpu.so``   CPU kernels (C++), LibTorch stable ABI, no Python ABI;
+- ``_C_cuda.so``  ahead-of-time CUDA kernels, same ABI, only where CUDA was present at build time;
+- ``_host``       pybind11 module: packing planner and build facts (one per Python version).
+
+Nothing here raises: a part that cannot be loaded leaves one sentence in :data:`missing`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_HERE = Path(__file__).parent
+
+#: part name -> one sentence saying why it is not there ("_C_cpu", "_C_cuda", "_host")
+missing: dict[str, str] = {}
+
+
+def _load_ops(name: str) -> bool:
+    path = _HERE / f"{name}.so"
+    if not path.exists():
+        missing[name] = f"{path.name} was not built (see SORA_KERNELS_BUILD in README)"
+        return False
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        missing[name] = f"{path.name} does not load: {str(error).splitlines()[0]}"
+        return False
+    return True
+
+
+def _load_host() -> ModuleType | None:
+    try:
+        return importlib.import_module("sora_kernels._host")
+    except ImportError as error:
+        missing["_host"] = f"the host module does not load: {error}"
+        return None
+
+
+cpu_loaded: bool = _load_ops("_C_cpu")
+cuda_loaded: bool = _load_ops("_C_cuda") if torch.cuda.is_available() else False
+if not torch.cuda.is_available():
+    missing["_C_cuda"] = "no CUDA device is available in this process"
+host: ModuleType | None = _load_host()
+
+
+def cpu_isa() -> str | None:
+    """The instruction set that the C++ kernels chose on this machine, or None without them."""
+    if not cpu_loaded:
+        return None
+    names = ("baseline", "avx2", "avx512")
+    return names[int(torch.ops.sora_kernels.cpu_isa())]

@@ -1,0 +1,194 @@
+"""Which implementation of an op runs, and why the others do not.
+
+Every op has up to three implementations:
+
+- ``reference``: plain PyTorch, any device, any float dtype, differentiable by autograd;
+- ``native``: C++ on the CPU;
+- ``triton``: Triton kernels on CUDA (and on the CPU when ``TRITON_INTERPRET=1``, for tests).
+
+The public function of an op asks :func:`choose` once and hands the answer to forward and backward
+alike. The helpers :func:`define`, :func:`implement`, :func:`fake` and :func:`guard_autograd`
+register the raw ops ``torch.ops.sora_kernels.*``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from . import _ext
+
+NAMESPACE = "sora_kernels"
+BACKENDS = ("reference", "native", "triton")
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_native_ops: set[str] = set()  # ops whose CPU kernel the loaded C++ library provides
+_override: str | None = None
+_decisions: dict[tuple[str, str], tuple[str, str]] = {}  # (op, device) -> (backend, reason)
+
+HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """True if Triton kernels run in the CPU interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+_INTERPRETING = interpreting()
+
+
+# --- registration -------------------------------------------------------------------------------
+
+
+def define(schema: str) -> None:
+    """Defines a raw op by its schema, e.g. ``"patchify_fwd(Tensor x, SymInt n) -> Tensor"``.
+
+    The C++ library may have implemented it already: that is how ``native`` is found.
+    """
+    _library.define(schema)
+    name = schema.split("(", 1)[0].strip()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU"):
+        _native_ops.add(name)
+
+
+def implement(op: str, key: str, fn: Callable[..., Any]) -> None:
+    """Registers ``fn`` as the kernel of a raw op for a dispatch key ("CPU" or "CUDA")."""
+    _library.impl(op, fn, key)
+    if key == "CPU":
+        _native_ops.add(op)
+
+
+def fake(op: str, fn: Callable[..., Any]) -> None:
+    """Registers the shape function of a raw op (meta device, FakeTensor, torch.compile)."""
+    torch.library.register_fake(f"{NAMESPACE}::{op}", fn, lib=_library)
+
+
+def guard_autograd(op: str) -> None:
+    """Makes a direct call of a raw op raise when a gradient would be lost.
+
+    Raw ops know no autograd (it lives in an ``autograd.Function`` outside); PyTorch would return
+    a tensor that silently carries no gradient.
+    """
+    overload = getattr(getattr(torch.ops, NAMESPACE), op).default
+
+    def guarded(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            for leaf in tree_leaves(args):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    raise RuntimeError(
+                        f"torch.ops.{NAMESPACE}.{op} has no gradient: an input requires grad; "
+                        f"call the public function in {NAMESPACE}, or use torch.no_grad()"
+                    )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    _library.impl(op, guarded, "Autograd")
+
+
+# --- choice -------------------------------------------------------------------------------------
+
+
+def _unavailable(backend: str, op: str, device: str, dtype: torch.dtype | None) -> str | None:
+    """Why ``backend`` cannot run ``op`` here, or None if it can."""
+    if backend == "reference":
+        return None
+    if dtype is torch.float64:
+        return "kernels compute in fp32; fp64 runs the reference"
+    if backend == "native":
+        if device not in ("cpu", "meta"):
+            return f"there is no native kernel for device {device}"
+        if device == "cpu" and f"{op}_fwd" not in _native_ops:
+            return _ext.missing.get("_C_cpu", f"the C++ library has no kernel for {op}")
+        return None
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if device == "cuda" and not _INTERPRETING:
+        return None
+    if device == "cpu" and _INTERPRETING:
+        return None
+    return f"triton does not run on device {device}"
+
+
+def choose(op: str, tensor: Tensor) -> str:
+    """The backend that runs ``op`` on tensors like ``tensor``.
+
+    A choice other than the device's fast path is recorded for :func:`explain` and warned of once.
+
+    Raises:
+        ValueError: :func:`use_backend` forces a backend that cannot run here.
+    """
+    device = tensor.device.type
+    if _override is not None:
+        reason = _unavailable(_override, op, device, tensor.dtype)
+        if reason is not None:
+            raise ValueError(f"use_backend({_override!r}) cannot run {op}: {reason}")
+        return _override
+    fast = "triton" if device == "cuda" else "native"
+    reason = _unavailable(fast, op, device, tensor.dtype)
+    if not torch.compiler.is_compiling():
+        _record(op, device, fast if reason is None else "reference", reason)
+    return fast if reason is None else "reference"
+
+
+def _record(op: str, device: str, backend: str, reason: str | None) -> None:
+    decision = (backend, reason or "")
+    if _decisions.get((op, device)) == decision:
+        return
+    _decisions[op, device] = decision
+    if reason is not None and "fp64" not in reason:  # fp64 is asked for on purpose
+        warnings.warn(f"sora_kernels.{op} runs the {backend} path: {reason}", stacklevel=4)
+
+
+def fall_back(op: str, tensor: Tensor, reason: str) -> str:
+    """Records that this call cannot take the fast path, and returns ``"reference"``."""
+    if not torch.compiler.is_compiling():
+        _record(op, tensor.device.type, "reference", reason)
+    return "reference"
+
+
+def use_backend(name: str | None) -> AbstractContextManager[None]:
+    """Forces one backend for every op, until changed or (as a context manager) until the exit.
+
+    ``None`` restores the automatic choice. The choice is a module-level value, not per thread:
+    a context variable would break ``torch.compile(fullgraph=True)``.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    global _override
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"name: expected one of {BACKENDS} or None, got {name!r}")
+    previous, _override = _override, name
+
+    @contextmanager
+    def restore() -> Iterator[None]:
+        global _override
+        try:
+            yield
+        finally:
+            _override = previous
+
+    return restore()
+
+
+def explain() -> str:
+    """One line per op and device used so far: the backend that ran, and why not the fast one."""
+    if not _decisions:
+        return "no op has run yet"
+    lines = []
+    for (op, device), (backend, reason) in sorted(_decisions.items()):
+        lines.append(f"{op} on {device}: {backend}" + (f" ({reason})" if reason else ""))
+    return "\n".join(lines)
+
+
+def why_not(op: str, backend: str, device: str) -> str | None:
+    """Why ``backend`` cannot run ``op`` on a device type, or None if it can (for ``info``)."""
+    return _unavailable(backend, op, device, None)

@@ -1,0 +1,142 @@
+"""What the modulated ops share: naming the modulation's granularity, and the checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rows import RowMap
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GRANULARITIES = ("all", "sample", "frame", "token")
+
+
+def check_tokens(x: Tensor, name: str = "x") -> None:
+    """``x`` must be a floating ``[N, D]`` or ``[B, ..., D]`` tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.dim() < 2:
+        raise ValueError(f"{name}: expected shape [N, D] or [B, L, D], got {tuple(x.shape)}")
+
+
+def check_like(tensor: Tensor, name: str, device: torch.device) -> None:
+    """A floating tensor on the device of ``x``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor or None, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device} (that of x), got {tensor.device}")
+
+
+def check_vector(tensor: Tensor | None, name: str, width: int, device: torch.device) -> None:
+    """A ``[D]`` vector or None."""
+    if tensor is None:
+        return
+    check_like(tensor, name, device)
+    if tensor.shape != (width,):
+        raise ValueError(f"{name}: expected shape ({width},), got {tuple(tensor.shape)}")
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself, unless its last dimension is strided (then a copy: kernels need rows)."""
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """``[N, D]`` or ``[B, ..., D]`` as ``[B, L, D]``; a view whenever strides allow one."""
+    if x.dim() == 2:
+        x = x.unsqueeze(0)
+    elif x.dim() > 3:
+        x = x.flatten(1, -2)
+    return unit_stride(x)
+
+
+def resolve_rows(x: Tensor, rows: RowMap | None, per: str | None) -> tuple[RowMap, tuple[int, ...]]:
+    """The row map that ``rows`` or ``per`` stands for, and the leading shape of a modulation.
+
+    ``per`` names the granularity, it is never guessed from shapes: ``"all"`` one row ``[D]``,
+    ``"sample"`` (the default) ``[B, D]``, ``"frame"`` ``[B, F, D]`` with F given by the
+    modulation's own shape (see :func:`as_rows`), ``"token"`` one row per token.
+    """
+    if rows is not None:
+        if per is not None:
+            raise ValueError(f"per: expected None beside rows=, got {per!r}")
+        tokens = x.shape[:-1].numel()
+        if rows.num_tokens != tokens:
+            raise ValueError(f"rows: expected a map of {tokens} tokens, got {rows.num_tokens}")
+        if rows.index is not None and rows.index.device != x.device:
+            raise ValueError(f"rows: expected device {x.device}, got {rows.index.device}")
+        return rows, (rows.num_rows,)
+    per = "sample" if per is None else per
+    if per not in GRANULARITIES:
+        raise ValueError(f"per: expected one of {GRANULARITIES} or None, got {per!r}")
+    tokens = x.shape[:-1].numel()
+    if per == "all":
+        return RowMap.uniform(1, tokens), ()
+    if per == "token":
+        return RowMap.uniform(tokens, 1), tuple(x.shape[:-1])
+    batch = x.shape[0] if x.dim() > 2 else 1
+    return RowMap.uniform(batch, tokens // max(batch, 1)), (batch,)
+
+
+def as_rows(
+    tensor: Tensor | None,
+    name: str,
+    x: Tensor,
+    rows: RowMap,
+    lead: tuple[int, ...],
+) -> Tensor | None:
+    """A modulation as a ``[R, D]`` matrix with unit stride along D, checked."""
+    if tensor is None:
+        return None
+    check_like(tensor, name, x.device)
+    expected = (*lead, x.shape[-1])
+    if tensor.shape != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+    return unit_stride(tensor.reshape(rows.num_rows, x.shape[-1]))
+
+
+def frame_rows(x: Tensor, modulations: dict[str, Tensor | None]) -> tuple[RowMap, tuple[int, ...]]:
+    """``per="frame"``: F comes from the modulations' own ``[B, F, D]`` shape and must divide L."""
+    if x.dim() < 3:
+        raise ValueError(f'per: expected x of shape [B, L, D] for "frame", got {tuple(x.shape)}')
+    batch, length = x.shape[0], x.shape[1:-1].numel()
+    frames = 1
+    for name, tensor in modulations.items():
+        if tensor is None:
+            continue
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: expected shape [B, F, D], got {tuple(tensor.shape)}")
+        frames = tensor.shape[1]
+        if frames == 0 or length % frames:
+            raise ValueError(f"{name}: expected F to divide L = {length}, got F = {frames}")
+    return RowMap.uniform(batch * frames, length // frames), (batch, frames)
+
+
+def modulation_rows(
+    x: Tensor, rows: RowMap | None, per: str | None, modulations: dict[str, Tensor | None]
+) -> tuple[RowMap, dict[str, Tensor | None]]:
+    """Row map and checked ``[R, D]`` matrices of all modulations of one call."""
+    if per == "frame" and rows is None:
+        row_map, lead = frame_rows(x, modulations)
+    else:
+        row_map, lead = resolve_rows(x, rows, per)
+    return row_map, {
+        name: as_rows(tensor, name, x, row_map, lead) for name, tensor in modulations.items()
+    }
+
+
+def output_dtype(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    """Outputs have the dtype of ``x``; an fp32 residual stream may feed half-precision branches."""
+    if out_dtype is None or out_dtype == x.dtype:
+        return x.dtype
+    if x.dtype is torch.float32 and out_dtype in (torch.bfloat16, torch.float16):
+        return out_dtype
+    raise ValueError(
+        f"out_dtype: expected {x.dtype}"
+        + (" or a half precision" if x.dtype is torch.float32 else "")
+        + f", got {out_dtype}"
+    )
