@@ -7,7 +7,7 @@ from dataclasses import dataclass
 # Elements of one tile. 4096 over 4 warps is four 16-byte loads of bf16 in flight per thread.
 _FORWARD_TILE = 4096
 _BACKWARD_TILE = 2048  # holds x, dy and the weight gradient at once
-_ELEMENTS_PER_WARP = 1024
+_ELEMENTS_PER_WARP = {False: 1024, True: 512}  # forward, backward
 _BACKWARD_PROGRAMS = 1024  # enough to fill the largest chip; more only adds partial sums
 
 
@@ -49,7 +49,7 @@ def tile(heads: int, width: int, across_heads: bool, backward: bool) -> Config:
     else:
         block = _heads_per_tile(heads, max(1, min(16, size // padded)))
     tokens = max(1, size // (block * padded))
-    warps = _next_power_of_2(max(1, block * padded * tokens // _ELEMENTS_PER_WARP))
+    warps = _next_power_of_2(max(1, block * padded * tokens // _ELEMENTS_PER_WARP[backward]))
     return Config(tokens, block, padded // 2, min(16, max(4, warps)))
 
 

@@ -20,121 +20,27 @@ from torch import Tensor
 
 from ...laws import Point
 from . import MAX_AXES, Need, Norm, Pairing, new_gradients
-from .config import Config, backward_steps, tile
+from .config import backward_steps, tile
+from .device import (
+    BEFORE_ROPE,
+    LAYER,
+    RMS_FULL,
+    ROPE,
+    XHAT,
+    angles,
+    columns,
+    load_pairs,
+    normalise,
+    round_at,
+    row_sum,
+    store_pairs,
+    token_sum,
+)
 
 if TYPE_CHECKING:
     from ...aot import AotCase
 
-_XHAT = tl.constexpr(int(Point.XHAT))
-_BEFORE_ROPE = tl.constexpr(int(Point.AFFINE | Point.PRE_ROPE))
-_ROPE = tl.constexpr(int(Point.ROPE))
-_LAYER = tl.constexpr(int(Norm.LAYER))
-_RMS_FULL = tl.constexpr(int(Norm.RMS_FULL))
-_INTERLEAVED = tl.constexpr(int(Pairing.INTERLEAVED))
-_HALF = tl.constexpr(int(Pairing.HALF))
-
-
-# --- device functions ---------------------------------------------------------------------------
-
-
-@triton.jit
-def _round(x, POINT: tl.constexpr, LAW: tl.constexpr, dtype: tl.constexpr):
-    if POINT & LAW:  # in this order: an int in the interpreter knows no constexpr
-        x = x.to(dtype).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _columns(j, D: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
-             R2: tl.constexpr, PAIRING: tl.constexpr):  # fmt: skip
-    """Components (a, b) of pair j, unless interleaved. The rest is paired as one more half."""
-    rest = j >= R2
-    if PAIRING == _HALF:
-        return tl.where(rest, j + R2, j), tl.where(rest, j + D // 2, j + R2)
-    # Axis slice [2 * start, 2 * end): a = 2 * start + (j - start), b = a + (end - start).
-    start = tl.where(j >= B3, B3, tl.where(j >= B2, B2, tl.where(j >= B1, B1, 0)))
-    end = tl.where(j >= B3, R2, tl.where(j >= B2, B3, tl.where(j >= B1, B2, B1)))
-    return tl.where(rest, j + R2, j + start), tl.where(rest, j + D // 2, j + end)
-
-
-@triton.jit
-def _load_pairs(ptr, base, mask, col_a, col_b, D: tl.constexpr, PAIRS: tl.constexpr,
-                PAIRING: tl.constexpr):  # fmt: skip
-    """Rows at ptr + base [T, H, 1] as fp32 components a, b [T, H, PAIRS]; 0 where masked."""
-    if PAIRING == _INTERLEAVED:
-        # Load whole rows (16 bytes per thread); splitting neighbours costs no data movement.
-        col = tl.arange(0, 2 * PAIRS)[None, None, :]
-        x = tl.load(ptr + base + col, mask=mask & (col < D), other=0.0).to(tl.float32)
-        return tl.split(tl.reshape(x, [x.shape[0], x.shape[1], PAIRS, 2]))
-    else:
-        valid = mask & (tl.arange(0, PAIRS) < D // 2)[None, None, :]
-        a = tl.load(ptr + base + col_a[None, None, :], mask=valid, other=0.0).to(tl.float32)
-        b = tl.load(ptr + base + col_b[None, None, :], mask=valid, other=0.0).to(tl.float32)
-        return a, b
-
-
-@triton.jit
-def _store_pairs(ptr, base, mask, a, b, col_a, col_b, D: tl.constexpr, PAIRS: tl.constexpr,
-                 PAIRING: tl.constexpr):  # fmt: skip
-    if PAIRING == _INTERLEAVED:
-        col = tl.arange(0, 2 * PAIRS)[None, None, :]
-        x = tl.reshape(tl.join(a, b), [a.shape[0], a.shape[1], 2 * PAIRS])
-        tl.store(ptr + base + col, x.to(ptr.dtype.element_ty), mask=mask & (col < D))
-    else:
-        valid = mask & (tl.arange(0, PAIRS) < D // 2)[None, None, :]
-        tl.store(ptr + base + col_a[None, None, :], a.to(ptr.dtype.element_ty), mask=valid)
-        tl.store(ptr + base + col_b[None, None, :], b.to(ptr.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def _angles(cos_ptr, sin_ptr, pos_ptr, token, token_mask, head, j, rope_len, H: tl.constexpr,
-            B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr, R2: tl.constexpr,
-            NUM_POS: tl.constexpr, PER_HEAD: tl.constexpr):  # fmt: skip
-    """cos and sin [T, 1 or HEADS, PAIRS]: row position_index[token, axis of j] of column j."""
-    at = pos_ptr + (token % rope_len) * NUM_POS
-    row = tl.load(at, mask=token_mask, other=0)[:, None] + tl.zeros_like(j)[None, :]
-    if NUM_POS > 1:
-        row_1 = tl.load(at + 1, mask=token_mask, other=0)[:, None]
-        row = tl.where(j[None, :] >= B1, row_1, row)
-    if NUM_POS > 2:
-        row_2 = tl.load(at + 2, mask=token_mask, other=0)[:, None]
-        row = tl.where(j[None, :] >= B2, row_2, row)
-    if NUM_POS > 3:
-        row_3 = tl.load(at + 3, mask=token_mask, other=0)[:, None]
-        row = tl.where(j[None, :] >= B3, row_3, row)
-    offset = row[:, None, :].to(tl.int64)
-    mask = token_mask[:, None, None] & (j < R2)[None, None, :]
-    if PER_HEAD:
-        offset = (offset * H + head[None, :, None]) * R2 + j[None, None, :]
-        mask = mask & (head < H)[None, :, None]
-    else:
-        offset = offset * R2 + j[None, None, :]
-    cos = tl.load(cos_ptr + offset, mask=mask, other=1.0)
-    sin = tl.load(sin_ptr + offset, mask=mask, other=0.0)
-    return cos, sin
-
-
-@triton.jit
-def _row_sum(x, NORM: tl.constexpr):
-    """Sum over the components a norm runs over, kept as [T, HEADS or 1, 1]."""
-    s = tl.sum(x, axis=2, keep_dims=True)
-    if NORM == _RMS_FULL:
-        s = tl.sum(s, axis=1, keep_dims=True)
-    return s
-
-
-@triton.jit
-def _normalise(a, b, mask, j, eps, H: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr):
-    """(a, b) -> normalised (a, b) and rstd. What lies outside ``mask`` [T, HEADS, 1] stays 0."""
-    if NORM == _LAYER:
-        valid = mask & (j < D // 2)[None, None, :]
-        mean = _row_sum(a + b, NORM) / D
-        a = tl.where(valid, a - mean, 0.0)
-        b = tl.where(valid, b - mean, 0.0)
-    count = D * H if NORM == _RMS_FULL else D
-    rstd = tl.rsqrt(_row_sum(a * a + b * b, NORM) / count + eps)
-    rstd = tl.where(mask, rstd, 0.0)  # eps may be 0
-    return a * rstd, b * rstd, rstd
+_POINTS = int(Point.XHAT | Point.AFFINE | Point.PRE_ROPE | Point.ROPE)
 
 
 # --- kernels ------------------------------------------------------------------------------------
@@ -186,7 +92,7 @@ def _fwd_tile(
 ):  # fmt: skip
     dtype = x_ptr.dtype.element_ty
     j = tl.arange(0, PAIRS)
-    col_a, col_b = _columns(j, D, B1, B2, B3, R2, PAIRING)
+    col_a, col_b = columns(j, D, B1, B2, B3, R2, PAIRING)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     head = head_block * HEADS + tl.arange(0, HEADS)
     token_mask = token < n
@@ -194,29 +100,29 @@ def _fwd_tile(
 
     x_at = (token // length) * (stride_b * UNIT) + (token % length) * (stride_t * UNIT)
     x_at = x_at[:, None, None] + (head * (stride_h * UNIT))[None, :, None]
-    a, b = _load_pairs(x_ptr, x_at, mask, col_a, col_b, D, PAIRS, PAIRING)  # [T, H, D/2]
+    a, b = load_pairs(x_ptr, x_at, mask, col_a, col_b, D, PAIRS, PAIRING)  # [T, H, D/2]
     if NORM:
-        a, b, rstd = _normalise(a, b, mask, j, eps, H, D, NORM)
-        a, b = _round(a, _XHAT, LAW, dtype), _round(b, _XHAT, LAW, dtype)
-        full: tl.constexpr = NORM == _RMS_FULL
+        a, b, rstd = normalise(a, b, mask, j, eps, H, D, NORM)
+        a, b = round_at(a, XHAT, LAW, dtype), round_at(b, XHAT, LAW, dtype)
+        full: tl.constexpr = NORM == RMS_FULL
         w_at = (head * D)[None, :, None] if full else tl.zeros([1, 1, 1], tl.int32)
         w_mask = (head < H)[None, :, None] if full else tl.full([1, 1, 1], True, tl.int1)
         if WEIGHT:
-            wa, wb = _load_pairs(weight_ptr, w_at, w_mask, col_a, col_b, D, PAIRS, PAIRING)
+            wa, wb = load_pairs(weight_ptr, w_at, w_mask, col_a, col_b, D, PAIRS, PAIRING)
             a, b = a * wa, b * wb
         if BIAS:
-            ba, bb = _load_pairs(bias_ptr, w_at, w_mask, col_a, col_b, D, PAIRS, PAIRING)
+            ba, bb = load_pairs(bias_ptr, w_at, w_mask, col_a, col_b, D, PAIRS, PAIRING)
             a, b = a + ba, b + bb
-        a, b = _round(a, _BEFORE_ROPE, LAW, dtype), _round(b, _BEFORE_ROPE, LAW, dtype)
+        a, b = round_at(a, BEFORE_ROPE, LAW, dtype), round_at(b, BEFORE_ROPE, LAW, dtype)
     if R2 > 0:
-        cos, sin = _angles(cos_ptr, sin_ptr, pos_ptr, token, token_mask, head, j, rope_len,
+        cos, sin = angles(cos_ptr, sin_ptr, pos_ptr, token, token_mask, head, j, rope_len,
                            H, B1, B2, B3, R2, NUM_POS, PER_HEAD)  # fmt: skip
-        cos, sin = _round(cos, _ROPE, LAW, dtype), _round(sin, _ROPE, LAW, dtype)
-        ac, bs = _round(a * cos, _ROPE, LAW, dtype), _round(b * sin, _ROPE, LAW, dtype)
-        bc, as_ = _round(b * cos, _ROPE, LAW, dtype), _round(a * sin, _ROPE, LAW, dtype)
+        cos, sin = round_at(cos, ROPE, LAW, dtype), round_at(sin, ROPE, LAW, dtype)
+        ac, bs = round_at(a * cos, ROPE, LAW, dtype), round_at(b * sin, ROPE, LAW, dtype)
+        bc, as_ = round_at(b * cos, ROPE, LAW, dtype), round_at(a * sin, ROPE, LAW, dtype)
         a, b = ac - bs, bc + as_
     y_at = (token * (H * D))[:, None, None] + (head * D)[None, :, None]
-    _store_pairs(y_ptr, y_at, mask, a, b, col_a, col_b, D, PAIRS, PAIRING)
+    store_pairs(y_ptr, y_at, mask, a, b, col_a, col_b, D, PAIRS, PAIRING)
 
 
 @triton.jit
@@ -277,9 +183,9 @@ def _bwd_tiles(
     The statistics are recomputed from x, which is read anyway.
     """
     dtype = x_ptr.dtype.element_ty
-    full: tl.constexpr = NORM == _RMS_FULL
+    full: tl.constexpr = NORM == RMS_FULL
     j = tl.arange(0, PAIRS)
-    col_a, col_b = _columns(j, D, B1, B2, B3, R2, PAIRING)
+    col_a, col_b = columns(j, D, B1, B2, B3, R2, PAIRING)
     head = head_block * HEADS + tl.arange(0, HEADS)
     w_at = (head * D)[None, :, None] if full else tl.zeros([1, 1, 1], tl.int32)
     w_mask = (head < H)[None, :, None] if full else tl.full([1, 1, 1], True, tl.int1)
@@ -295,55 +201,47 @@ def _bwd_tiles(
         batch, within = token // length, token % length
         dy_at = batch * (dy_stride_b * UNIT) + within * (dy_stride_t * UNIT)
         dy_at = dy_at[:, None, None] + (head * (dy_stride_h * UNIT))[None, :, None]
-        ga, gb = _load_pairs(dy_ptr, dy_at, mask, col_a, col_b, D, PAIRS, PAIRING)
+        ga, gb = load_pairs(dy_ptr, dy_at, mask, col_a, col_b, D, PAIRS, PAIRING)
         if R2 > 0:
-            cos, sin = _angles(cos_ptr, sin_ptr, pos_ptr, token, token_mask, head, j, rope_len,
+            cos, sin = angles(cos_ptr, sin_ptr, pos_ptr, token, token_mask, head, j, rope_len,
                                H, B1, B2, B3, R2, NUM_POS, PER_HEAD)  # fmt: skip
-            cos, sin = _round(cos, _ROPE, LAW, dtype), _round(sin, _ROPE, LAW, dtype)
+            cos, sin = round_at(cos, ROPE, LAW, dtype), round_at(sin, ROPE, LAW, dtype)
             ga, gb = ga * cos + gb * sin, gb * cos - ga * sin
         if NORM:
             x_at = batch * (stride_b * UNIT) + within * (stride_t * UNIT)
             x_at = x_at[:, None, None] + (head * (stride_h * UNIT))[None, :, None]
-            a, b = _load_pairs(x_ptr, x_at, mask, col_a, col_b, D, PAIRS, PAIRING)
-            a, b, rstd = _normalise(a, b, mask, j, eps, H, D, NORM)
+            a, b = load_pairs(x_ptr, x_at, mask, col_a, col_b, D, PAIRS, PAIRING)
+            a, b, rstd = normalise(a, b, mask, j, eps, H, D, NORM)
             if DB:
                 dba += ga
                 dbb += gb
             if DW:
-                dwa += ga * _round(a, _XHAT, LAW, dtype)
-                dwb += gb * _round(b, _XHAT, LAW, dtype)
+                dwa += ga * round_at(a, XHAT, LAW, dtype)
+                dwb += gb * round_at(b, XHAT, LAW, dtype)
             if WEIGHT:
-                wa, wb = _load_pairs(weight_ptr, w_at, w_mask, col_a, col_b, D, PAIRS, PAIRING)
+                wa, wb = load_pairs(weight_ptr, w_at, w_mask, col_a, col_b, D, PAIRS, PAIRING)
                 ga, gb = ga * wa, gb * wb
             if DX:
                 count = D * H if full else D
-                slope = _row_sum(ga * a + gb * b, NORM) / count
-                offset = _row_sum(ga + gb, NORM) / count if NORM == _LAYER else 0.0
+                slope = row_sum(ga * a + gb * b, NORM) / count
+                offset = row_sum(ga + gb, NORM) / count if NORM == LAYER else 0.0
                 ga = (ga - a * slope - offset) * rstd
                 gb = (gb - b * slope - offset) * rstd
         if DX:
             dx_at = (token * (H * D))[:, None, None] + (head * D)[None, :, None]
-            _store_pairs(dx_ptr, dx_at, mask, ga, gb, col_a, col_b, D, PAIRS, PAIRING)
+            store_pairs(dx_ptr, dx_at, mask, ga, gb, col_a, col_b, D, PAIRS, PAIRING)
 
     # Partials are [dweight, dbias] x programs x width; a fixed-order sum over programs follows.
     width: tl.constexpr = H * D if full else D
     rows = tl.num_programs(0).to(tl.int64) * head_blocks
     p_at = (tl.program_id(0).to(tl.int64) * head_blocks + head_block) * width + w_at
     if DW:
-        dwa, dwb = _token_sum(dwa, full), _token_sum(dwb, full)
-        _store_pairs(partial_ptr, p_at, w_mask, dwa, dwb, col_a, col_b, D, PAIRS, PAIRING)
+        dwa, dwb = token_sum(dwa, full), token_sum(dwb, full)
+        store_pairs(partial_ptr, p_at, w_mask, dwa, dwb, col_a, col_b, D, PAIRS, PAIRING)
     if DB:
-        dba, dbb = _token_sum(dba, full), _token_sum(dbb, full)
+        dba, dbb = token_sum(dba, full), token_sum(dbb, full)
         p_at += rows * width
-        _store_pairs(partial_ptr, p_at, w_mask, dba, dbb, col_a, col_b, D, PAIRS, PAIRING)
-
-
-@triton.jit
-def _token_sum(x, FULL: tl.constexpr):
-    s = tl.sum(x, axis=0, keep_dims=True)
-    if not FULL:
-        s = tl.sum(s, axis=1, keep_dims=True)
-    return s
+        store_pairs(partial_ptr, p_at, w_mask, dba, dbb, col_a, col_b, D, PAIRS, PAIRING)
 
 
 # --- launchers ----------------------------------------------------------------------------------
@@ -423,9 +321,6 @@ def forward(
     return yq, yk
 
 
-_POINTS = int(Point.XHAT | Point.AFFINE | Point.PRE_ROPE | Point.ROPE)
-
-
 def backward(
     dyq: Tensor,
     dyk: Tensor,
@@ -496,3 +391,69 @@ def backward(
                 torch.sum(partials[side][plane], 0, out=out) if out.dtype == torch.float32 \
                     else out.copy_(partials[side][plane].sum(0))  # fmt: skip
     return grads
+
+
+# --- ahead-of-time compilation ------------------------------------------------------------------
+
+
+def _aot_case(
+    name: str, kernel: Any, absent: set[str], overrides: dict[str, Any], warps: int, dtype: str
+) -> AotCase:
+    """Types from the argument names; ``absent`` pointers are None at compile time."""
+    from ...aot import AotCase
+
+    signature, constexprs = {}, dict(overrides)
+    fp32 = ("cos_ptr", "sin_ptr", "q_partial_ptr", "k_partial_ptr")
+    fp32 += ("q_weight_ptr", "k_weight_ptr", "q_bias_ptr", "k_bias_ptr")
+    for arg in kernel.arg_names:
+        if arg in absent:
+            constexprs[arg] = None
+        elif arg in overrides:
+            continue
+        elif arg.endswith("_ptr"):
+            signature[arg] = "*i32" if arg == "pos_ptr" else "*fp32" if arg in fp32 else f"*{dtype}"
+        else:
+            signature[arg] = "fp32" if arg == "eps" else "i32"
+    return AotCase(
+        name=name, kernel=kernel, signature=signature, constexprs=constexprs,
+        num_warps=warps, num_stages=1, memory_bound=True,
+        divisible=tuple(a for a in signature if a.endswith("_ptr")), enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def aot_cases() -> list[AotCase]:
+    """Production shapes: Wan, HunyuanVideo, CogVideoX, Cosmos, Open-Sora-Plan, and width 72."""
+    shapes = [
+        ("wan", 40, 128, (44, 42, 42), Norm.RMS_FULL, Pairing.INTERLEAVED),
+        ("hunyuan", 24, 128, (16, 56, 56), Norm.RMS, Pairing.INTERLEAVED),
+        ("cogvideox", 48, 64, (16, 24, 24), Norm.LAYER, Pairing.INTERLEAVED),
+        ("cosmos", 16, 128, (44, 42, 42), Norm.RMS, Pairing.HALF),
+        ("open_sora_plan", 24, 96, (32, 32, 32), Norm.NONE, Pairing.HALF_PER_AXIS),
+        ("width_72", 16, 72, (24, 24, 24), Norm.RMS, Pairing.INTERLEAVED),
+    ]
+    cases = []
+    for name, heads, width, axes, norm, pairing in shapes:
+        weight, bias, full = norm != Norm.NONE, norm == Norm.LAYER, norm == Norm.RMS_FULL
+        common = {
+            **_rope_constants(list(axes), None, None),
+            "HQ": heads, "HK": heads, "D": width, "UNIT": 8, "NUM_POS": 3,
+            "NORM": int(norm), "PAIRING": int(pairing), "LAW": 0,
+            "Q_WEIGHT": weight, "K_WEIGHT": weight,
+        }  # fmt: skip
+        for dtype in ("bf16", "fp32") if name == "hunyuan" else ("bf16",):
+            suffix = f"{name}_{dtype}"
+            cfg = tile(heads, width, full, backward=False)
+            size = {"TOKENS": cfg.tokens, "HEADS": cfg.heads, "PAIRS": cfg.pairs}
+            absent = set() if bias else {"q_bias_ptr", "k_bias_ptr"}
+            if not weight:
+                absent |= {"q_weight_ptr", "k_weight_ptr"}
+            constants = {**common, "Q_BIAS": bias, "K_BIAS": bias, **size}
+            cases.append(_aot_case(f"fwd_{suffix}", _qk_norm_rope_fwd_kernel, absent, constants,
+                                   cfg.num_warps, dtype))  # fmt: skip
+            cfg = tile(heads, width, full, backward=True)
+            size = {"TOKENS": cfg.tokens, "HEADS": cfg.heads, "PAIRS": cfg.pairs}
+            absent -= {"q_bias_ptr", "k_bias_ptr"}
+            constants = {**common, "DX": True, "DW": weight, "DB": bias, "STEPS": 8, **size}
+            cases.append(_aot_case(f"bwd_{suffix}", _qk_norm_rope_bwd_kernel, absent, constants,
+                                   cfg.num_warps, dtype))  # fmt: skip
+    return cases
