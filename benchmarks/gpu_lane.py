@@ -134,9 +134,8 @@ def note(out: Path, name: str) -> str:
     if name == "test" and (out / "test.xml").is_file():
         suite = ElementTree.parse(out / "test.xml").getroot().find("testsuite")
         if suite is not None:
-            return ", ".join(
-                f"{suite.get(k)} {k}" for k in ("tests", "failures", "errors", "skipped")
-            )
+            counts = ("tests", "failures", "errors", "skipped")
+            return ", ".join(f"{suite.get(count)} {count}" for count in counts)
     report = read_json(out / f"{'ops' if name.startswith('ops-') else name}.json")
     rows = [r for r in report.get("rows", []) if name in ("block", "e2e", f"ops-{r['op']}")]
     if not rows:
@@ -144,9 +143,7 @@ def note(out: Path, name: str) -> str:
     ours = {_key(r): r["p50_ms"] for r in rows if r["provider"] == "sora_kernels"}
     words = [f"{len(rows)} rows"]
     if name.startswith("ops-"):
-        rooflines = [
-            r["roofline"] for r in rows if r["provider"] == "sora_kernels" and r["roofline"]
-        ]
+        rooflines = [r["roofline"] for r in rows if r["provider"] == "sora_kernels"]
         words += [f"median roofline {median(rooflines):.2f}"] if rooflines else []
     for provider in sorted({r["provider"] for r in rows} - {"sora_kernels"}):
         pairs = [
@@ -189,9 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.list or args.no_gpu:
         if args.no_gpu:
-            print(
-                "no NVIDIA GPU that a Python with torch can see; on a machine with one this runs:"
-            )
+            print("no Python here sees an NVIDIA GPU; on a machine with one this would run:")
         for part in chosen:
             print(f"{part.name:24} " + " && ".join(" ".join(c) for c in part.commands))
         return 0
