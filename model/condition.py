@@ -4,8 +4,8 @@
     image to video   [Text, Grid(first latent, given), Grid(the rest)]
     extend           [Text, Grid(first latents, given), Grid(the rest)]
 
-Given parts are clean: their rows of the modulation say t = 0 and "given". All parts of a segment attend
-to each other, and positions say where in the clip a part sits, so the network needs no mask input.
+Given parts are clean: their rows of the modulation say t = 0 and "given". All parts of a segment
+attend to each other, and positions say where in the clip a part sits: no mask is needed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Rows:
 def clip_segment(
     words: int, latent: tuple[int, int, int], patch: tuple[int, int, int], given: int = 0
 ) -> list[Part]:
-    """Parts of one clip: `words` text tokens, then its grid, of which the first `given` tokens along
-    time are known. `latent` is the (T, H, W) of the latent and must be a multiple of `patch`."""
+    """Parts of one clip: `words` text tokens, then its grid, of which the first `given` tokens
+    along time are known. `latent` is the latent's (T, H, W) and must be a multiple of `patch`."""
     for size, step, axis in zip(latent, patch, ("time", "height", "width"), strict=True):
         if size < 1 or size % step:
             raise ValueError(

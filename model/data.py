@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,20 +147,21 @@ def make_batch(
     train: TrainConfig,
     step: int,
 ) -> Batch:
-    """Noises the clips of one pack. A pure function of its arguments: (seed, step) is all chance."""
+    """Noises the clips of one pack. All chance comes from (seed, step)."""
     rng = np.random.default_rng([train.seed, 1, step])
     generator = torch.Generator().manual_seed((train.seed << 32) + step)
     segments, words, tokens, latents = [], [], [], []
     for index in clips:
         latent = cache.latent(index)
         detailed, silent, known = rng.random() < 0.5, rng.random() < train.no_prompt, 0
-        frames = latent.shape[1] // dit.patch[0]
+        _, t, h, w = latent.shape
+        frames = t // dit.patch[0]
         if rng.random() < train.given and frames > 1:
             known = int(rng.integers(1, min(frames, 3)))
         caption = [NO_PROMPT] if silent else cache.caption(index, bool(detailed))
         words += caption
         latents.append(latent)
-        segments.append(clip_segment(len(caption), tuple(latent.shape[1:]), dit.patch, known))
+        segments.append(clip_segment(len(caption), (t, h, w), dit.patch, known))
         tokens.append(sum(part.num_tokens for part in grids(segments[-1])))
     shifts = torch.tensor([size_shift(n, dit.base_tokens) for n in tokens])
     times = shift_time(logit_normal(len(tokens), generator), shifts)
@@ -182,7 +183,9 @@ class Packs:
 
     def __init__(self, tokens: np.ndarray, budget: int, seed: int) -> None:
         if len(tokens) == 0 or int(tokens.max()) > budget:
-            raise ValueError(f"tokens: expected a pack of at least {int(tokens.max())}, got {budget}")
+            raise ValueError(
+                f"tokens: expected a pack of at least {int(tokens.max())}, got {budget}"
+            )
         self.tokens, self.budget, self.seed = tokens, budget, seed
         self._epochs: list[list[list[int]]] = []
 
@@ -196,7 +199,9 @@ class Packs:
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         while len(self._epochs) <= epoch:
-            order = np.random.default_rng([self.seed, len(self._epochs)]).permutation(len(self.tokens))
+            order = np.random.default_rng([self.seed, len(self._epochs)]).permutation(
+                len(self.tokens)
+            )
             packs: list[list[int]] = [[]]
             room = self.budget
             for i in order.tolist():

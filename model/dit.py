@@ -1,15 +1,16 @@
-"""A single-stream Diffusion Transformer on packed sequences (Peebles & Xie 2022, arXiv 2212.09748).
+"""A single-stream Diffusion Transformer on packed sequences (Peebles & Xie, arXiv 2212.09748).
 
-Every clip is one segment: its words and its latent patches are tokens of one sequence that attend to
-each other. Time enters through adaLN-Zero rows, one per part of a segment, so a clip may hold clean
-(given) and noisy parts at once. All that touches a token between the matrix products is an op of
-`sora_kernels`; nothing is padded, and clips of any size share a batch.
+Every clip is one segment: its words and its latent patches are tokens of one sequence that attend
+to each other. Time enters through adaLN-Zero rows, one per part of a segment, so a clip may hold
+clean (given) and noisy parts at once. Between the matrix products, all that touches a token is an
+op of `sora_kernels`; nothing is padded, and clips of any size share a batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ TIME_FEATURES = 256
 
 
 def time_features(t: Tensor, count: int = TIME_FEATURES) -> Tensor:
-    """Sines and cosines of 1000 t at `count / 2` frequencies from 1 down to 1e-4: [R] -> [R, count]."""
+    """Sines and cosines of 1000 t at `count / 2` frequencies, 1 down to 1e-4: [R, count]."""
     half = count // 2
     steps = torch.arange(half, device=t.device, dtype=torch.float32)
     angles = 1000.0 * t.float()[:, None] * torch.exp(-math.log(10000.0) * steps / half)
@@ -57,7 +58,7 @@ class Block(nn.Module):
         """[N, D] -> [N, D]; every token sees its own segment."""
         q, k, v = self.qkv(h).view(-1, 3, self.heads, self.head_dim).unbind(1)
         q, k = qk_norm_rope(q, k, self.q_weight, self.k_weight, rope)
-        return self.out(packed_attention(q, k, v, layout).flatten(1))
+        return self.out(cast(Tensor, packed_attention(q, k, v, layout)).flatten(1))
 
     def mlp(self, h: Tensor) -> Tensor:
         """[N, D] -> [N, D], tokenwise."""
@@ -82,6 +83,10 @@ class DiT(nn.Module):
         self.head = nn.Linear(width, features)
         self._initialise()
 
+    def layers(self) -> list[Block]:
+        """The blocks, in order."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
     def _initialise(self) -> None:
         """Xavier weights, small embeddings, and zeros where adaLN-Zero wants the identity."""
         for module in self.modules():
@@ -94,8 +99,7 @@ class DiT(nn.Module):
             nn.init.normal_(table.weight, std=0.5)
         for time in (self.time_in, self.time_out):
             nn.init.normal_(time.weight, std=0.02)
-        zeros = [block.rows for block in self.blocks] + [self.final_rows, self.head]
-        for linear in zeros:
+        for linear in [*(block.rows for block in self.layers()), self.final_rows, self.head]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -107,7 +111,8 @@ class DiT(nn.Module):
         t = time_features(rows.times).to(self.time_in.weight.dtype)
         c = self.time_out(F.silu(self.time_in(t))) + self.kinds(rows.kinds)
         c = F.silu(c)
-        return [block.rows(c).chunk(6, -1) for block in self.blocks], self.final_rows(c).chunk(2, -1)
+        blocks = [block.rows(c).chunk(6, -1) for block in self.layers()]
+        return blocks, self.final_rows(c).chunk(2, -1)
 
     def embed(self, latents: Sequence[Tensor], layout: PackedLayout, words: Tensor) -> Tensor:
         """Patches and words in packed order: [N, D]."""
@@ -135,18 +140,23 @@ class DiT(nn.Module):
     ) -> list[Tensor]:
         """Velocity of every grid part.
 
-        latents: one [C, T, H, W] per grid part, in packed order (given parts clean, targets at their
-            time). layout: parts of every segment, with the config's patch. words: int64, the numbers
-            of all text tokens in packed order. times: fp32 [segments], the time of each segment's
-            targets, or `Rows` for any other assignment (a row per frame, per token, ...).
-        Returns [C, T, H, W] per grid part; what it says about given parts means nothing.
+        Args:
+            latents: one [C, T, H, W] per grid part, in packed order; given parts clean, targets at
+                their time.
+            layout: the parts of every segment, with the config's patch.
+            words: int64, the numbers of all text tokens in packed order.
+            times: fp32 [segments], the time of each segment's targets, or `Rows` for any other
+                assignment (a row per frame, per token, ...).
+
+        Returns:
+            [C, T, H, W] per grid part; what it says about given parts means nothing.
         """
         rows = times if isinstance(times, Rows) else rows_for(layout, times)
         blocks, (final_shift, final_scale) = self.modulation(rows)
         rope = layout.rope(self.config.rope_axes, self.config.rope_theta)
         x = self.embed(latents, layout, words)
-        h = norm_modulate(x, blocks[0][0], blocks[0][1], rows=rows.map)
-        for i, block in enumerate(self.blocks):
+        h = cast(Tensor, norm_modulate(x, *blocks[0][:2], rows=rows.map))
+        for i, block in enumerate(self.layers()):
             _, _, gate1, shift2, scale2, gate2 = blocks[i]
             shift, scale = blocks[i + 1][:2] if i + 1 < len(blocks) else (final_shift, final_scale)
             y = block.attention(h, layout, rope)

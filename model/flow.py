@@ -1,4 +1,4 @@
-"""Rectified flow on one screen: t = 0 is a clean latent, t = 1 is noise, the path is a straight line.
+"""Rectified flow on one screen: t = 0 is a clean latent, t = 1 is noise, the path is a line.
 
     x_t = (1 - t) x0 + t noise        v = dx/dt = noise - x0        x_{t'} = x_t + (t' - t) v
 

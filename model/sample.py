@@ -72,7 +72,9 @@ def euler(
     return x
 
 
-def segment_of(request: Request, patch: tuple[int, int, int], words: int | None = None) -> list[Part]:
+def segment_of(
+    request: Request, patch: tuple[int, int, int], words: int | None = None
+) -> list[Part]:
     """The parts of a request's segment, with its own number of words or another."""
     known = 0 if request.given is None else request.given.shape[1]
     if known % patch[0]:

@@ -43,6 +43,7 @@ from model.data import (
 )
 from model.dit import DiT
 from model.flow import DECILES, loss_by_decile, mean_of_deciles
+from model.optim import Muon
 from model.text import Vocabulary
 from model.world import VOCABULARY
 
@@ -53,12 +54,34 @@ LOG_EVERY = 25
 SAVE_EVERY = 250
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to zero at the last step."""
+def schedule(config: TrainConfig, step: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine to zero at the last step."""
     if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
+        return (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def make_optimisers(model: DiT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or, with `config.muon`, Muon for the matrices inside the blocks."""
+    inner = {id(p) for p in model.blocks.parameters() if config.muon and p.dim() == 2}
+    rest = [p for p in model.parameters() if id(p) not in inner]
+    decayed = [p for p in rest if p.dim() > 1]
+    others = [p for p in rest if p.dim() <= 1]
+    optimisers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay},
+             {"params": others, "weight_decay": 0.0}],
+            lr=config.learning_rate, betas=config.betas, fused=True,
+        )
+    ]  # fmt: skip
+    if inner:
+        matrices = [p for p in model.parameters() if id(p) in inner]
+        optimisers.append(Muon(matrices, lr=config.muon))
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["peak"] = group["lr"]
+    return optimisers
 
 
 def batch_loss(model: DiT, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -85,43 +108,43 @@ class Trainer:
         self.model, self.config, self.cache = model, config, cache
         self.step = 0
         self.names = [name for name, _ in model.named_parameters()]
-        self.parameters = [parameter for _, parameter in model.named_parameters()]
+        self.parameters: list[Tensor] = [tensor for _, tensor in model.named_parameters()]
         self.average = [parameter.detach().clone() for parameter in self.parameters]
-        matrices = [p for p in self.parameters if p.dim() > 1]
-        vectors = [p for p in self.parameters if p.dim() <= 1]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay},
-             {"params": vectors, "weight_decay": 0.0}],
-            lr=config.learning_rate, betas=config.betas, fused=True,
-        )  # fmt: skip
+        self.optimisers = make_optimisers(model, config)
         self.packs = Packs(cache.tokens(model.config.patch), config.tokens, config.seed)
 
     def advance(self) -> tuple[Tensor, Tensor, Batch]:
         """One step: loss before it, loss per clip, and the batch."""
         config = self.config
         batch = make_batch(self.cache, self.packs[self.step], self.model.config, config, self.step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(config, self.step)
         loss, per_clip = batch_loss(self.model, batch)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * schedule(config, self.step)
+            optimiser.step()
         self.step += 1
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
         return loss.detach(), per_clip, batch
 
+    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """What the parameter's optimiser remembers of it; changes to the dict are changes there."""
+        for optimiser in self.optimisers:
+            if any(parameter is p for group in optimiser.param_groups for p in group["params"]):
+                return optimiser.state[parameter]
+        raise KeyError("parameter without an optimiser")
+
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on."""
         tensors: dict[str, Tensor] = {}
-        for name, parameter, average in zip(
-            self.names, self.parameters, self.average, strict=True
-        ):
+        for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
             tensors[f"model.{name}"] = parameter
             tensors[f"average.{name}"] = average
-            for key, value in self.optimiser.state[parameter].items():
+            for key, value in self._moments(parameter).items():
                 tensors[f"{key}.{name}"] = value
         return tensors
 
@@ -134,11 +157,14 @@ class Trainer:
                 with torch.no_grad():
                     parameter.copy_(tensors[f"model.{name}"])
                 average.copy_(tensors[f"average.{name}"])
-                if step:
-                    self.optimiser.state[parameter] = {
-                        key: tensors[f"{key}.{name}"].clone()
-                        for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
+                moments = self._moments(parameter)
+                moments.update({
+                    key: tensors[f"{key}.{name}"].clone()
+                    for key in ("step", "exp_avg", "exp_avg_sq", "momentum")
+                    if f"{key}.{name}" in tensors
+                })  # fmt: skip
+                if step and not moments:
+                    raise KeyError(f"no moments of {name}")
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"state: does not fit this model: {error}") from error
         self.step = step
@@ -147,7 +173,7 @@ class Trainer:
         """A copy of the model with the averaged weights."""
         model = DiT(self.model.config)
         weights = zip(self.names, self.average, strict=True)
-        model.load_state_dict({name: tensor for name, tensor in weights})
+        model.load_state_dict(dict(weights))
         return model.eval()
 
 
@@ -322,7 +348,7 @@ def prepare(config: TrainConfig, folder: Path, path: Path, quiet: bool) -> Laten
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m model.train", description="Train a DiT on the procedural world.")
+    parser = Parser(prog="python -m model.train", description="Train a DiT on the world.")
     parser.add_argument("--config", required=True, help=f"one of {', '.join(TRAININGS)}")
     parser.add_argument("--steps", type=positive, help="length of the run (default: the config's)")
     parser.add_argument("--minutes", type=float, help="stop (resumable) after so many minutes")
@@ -330,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="of everything random in the training")
     parser.add_argument("--out", type=Path, help="default: runs/CONFIG")
     parser.add_argument("--vae", type=Path, default=CHECKPOINT, help="folder of the VAE checkpoint")
-    parser.add_argument("--cache", type=Path, help="latent cache (default: OUT/latents.safetensors)")
+    parser.add_argument("--cache", type=Path, help="latents (default: OUT/latents.safetensors)")
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
@@ -348,6 +374,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--resume: found no {state}")
     vocabulary = Vocabulary(VOCABULARY)
     cache = prepare(config, args.vae, args.cache or out / "latents.safetensors", args.quiet)
+    torch.set_float32_matmul_precision(config.matmul)
     torch.manual_seed(config.seed)
     model = DiT(replace(DITS[config.dit], vocabulary=len(vocabulary)))
     trainer = Trainer(model, config, cache)

@@ -1,0 +1,242 @@
+"""Training: exact resume, interruption, refusals, and that it learns at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import train as training
+from model.checkpoint import CheckpointError, load_dit, read_tensors, write_beside
+from model.config import WORLDS, DiTConfig, TrainConfig
+from model.data import (
+    LatentCache,
+    Packs,
+    build_cache,
+    cache_key,
+    load_cache,
+    make_batch,
+    save_cache,
+)
+from model.dit import DiT
+from model.text import NO_PROMPT, Vocabulary
+from model.vae import VideoVAE
+from model.world import VOCABULARY
+
+WORDS = Vocabulary(VOCABULARY)
+DIT = DiTConfig(
+    16, 2, 2, patch=(1, 1, 1), rope_axes=(4, 2, 2), vocabulary=len(WORDS), base_tokens=48
+)
+TRAIN = TrainConfig("tiny", "tiny", clips=24, tokens=400, steps=6, warmup=2, given=0.5)
+CONFIGS = [TRAIN, dataclasses.replace(TRAIN, muon=0.02)]
+
+
+@pytest.fixture(scope="module")
+def cache() -> LatentCache:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return build_cache(VideoVAE().encode, WORLDS["tiny"], 24, 0, WORDS, 48)
+
+
+def trainer(cache: LatentCache, config: TrainConfig = TRAIN) -> training.Trainer:
+    torch.manual_seed(0)
+    return training.Trainer(DiT(DIT), config, cache)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["adamw", "muon"])
+def test_resume_gives_the_same_bits(
+    cache: LatentCache, tmp_path: Path, config: TrainConfig
+) -> None:
+    whole = trainer(cache, config)
+    assert training.train(whole, tmp_path / "whole", WORDS, quiet=True)
+    first = trainer(cache, config)
+    for _ in range(3):
+        first.advance()
+    training.save(first, training.Log(), tmp_path / "halves", WORDS, "")
+    torch.manual_seed(99)
+    second = training.Trainer(DiT(DIT), config, cache)
+    log = training.restore(second, tmp_path / "halves" / training.STATE)
+    assert second.step == 3
+    assert training.train(second, tmp_path / "halves", WORDS, log=log, quiet=True)
+    ours, theirs = whole.state(), second.state()
+    assert ours.keys() == theirs.keys() and any(".blocks.0.qkv" in name for name in ours)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    a, _ = read_tensors(tmp_path / "whole" / "dit.safetensors")
+    b, _ = read_tensors(tmp_path / "halves" / "dit.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resume_refuses_another_config(cache: LatentCache, tmp_path: Path) -> None:
+    training.save(trainer(cache), training.Log(), tmp_path, WORDS, "")
+    other = trainer(cache, dataclasses.replace(TRAIN, steps=9))
+    with pytest.raises(CheckpointError, match="steps 6 -> 9"):
+        training.restore(other, tmp_path / training.STATE)
+
+
+def test_interruption_saves_a_state_to_resume_from(
+    cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(cache)
+    advance = run.advance
+
+    def interrupted() -> tuple:
+        result = advance()
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(run, "advance", interrupted)
+    assert not training.train(run, tmp_path, WORDS, quiet=True)
+    second = trainer(cache)
+    training.restore(second, tmp_path / training.STATE)
+    assert second.step == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(cache: LatentCache, tmp_path: Path) -> None:
+    run = trainer(cache)
+    training.save(run, training.Log(), tmp_path, WORDS, "")
+    before = (tmp_path / training.STATE).read_bytes()
+    run.advance()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*train_state.* is kept"):
+            training.save(run, training.Log(), tmp_path, WORDS, "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / training.STATE).read_bytes() == before
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_no_space_is_called_a_full_disk(tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        write_beside(tmp_path / "x", full)
+
+
+def test_it_learns(cache: LatentCache) -> None:
+    """Eight clips by heart: a model that ignores them predicts the noise alone and stays near 1."""
+    config = dataclasses.replace(TRAIN, steps=60, warmup=5, learning_rate=1e-2, given=0.0)
+    run = trainer(cache, config)
+    losses = [float(run.advance()[0]) for _ in range(60)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_saved_model_loads_and_predicts(cache: LatentCache, tmp_path: Path) -> None:
+    run = trainer(cache)
+    assert training.train(run, tmp_path, WORDS, quiet=True, command="the command")
+    model, words = load_dit(tmp_path)
+    assert words.words == WORDS.words and model.config == DIT
+    batch = make_batch(cache, [0, 1], DIT, TRAIN, 0)
+    with torch.no_grad():
+        a = model(batch.inputs, batch.layout, batch.words, batch.times)
+        b = run.averaged()(batch.inputs, batch.layout, batch.words, batch.times)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0.02)  # fp16 weights
+    log = json.loads((tmp_path / "loss.json").read_text())
+    assert log["command"] == "the command" and log["rows"][-1]["step"] == 6
+    assert len(log["rows"][-1]["loss_by_decile"]) == 10
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((tmp_path / "config.json").read_text())["training"]["step"] == 6
+
+
+def test_load_refuses_what_is_no_checkpoint(cache: LatentCache, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="found none"):
+        load_dit(tmp_path)
+    training.save(trainer(cache), training.Log(), tmp_path, WORDS, "")
+    file = tmp_path / "dit.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="unreadable"):
+        load_dit(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="describes no DiT"):
+        load_dit(tmp_path)
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def test_cache_round_trip_and_its_key(cache: LatentCache, tmp_path: Path) -> None:
+    key = cache_key(WORLDS["tiny"], 24, 0, WORDS, "abc")
+    save_cache(tmp_path / "c", cache, key)
+    again = load_cache(tmp_path / "c", key)
+    assert again is not None and len(again) == 24
+    for index in range(24):
+        assert torch.equal(again.latent(index), cache.latent(index))
+        assert again.caption(index, True) == cache.caption(index, True)
+    assert load_cache(tmp_path / "c", {**key, "vae": "other"}) is None
+    assert load_cache(tmp_path / "none", key) is None
+
+
+def test_batches_are_a_function_of_seed_and_step(cache: LatentCache) -> None:
+    clips = list(range(24))
+    a, b, other = (make_batch(cache, clips, DIT, TRAIN, step) for step in (5, 5, 6))
+    assert all(torch.equal(x, y) for x, y in zip(a.inputs, b.inputs, strict=True))
+    assert torch.equal(a.words, b.words) and torch.equal(a.times, b.times)
+    assert not torch.equal(a.times, other.times)
+
+
+def test_batches_hold_clean_given_parts_and_noisy_targets(cache: LatentCache) -> None:
+    config = dataclasses.replace(TRAIN, given=1.0, no_prompt=1.0)
+    clips = [i for i in range(24) if cache.shapes[i, 1] > 1]
+    batch = make_batch(cache, clips, DIT, config, 0)
+    assert set(batch.words.tolist()) == {NO_PROMPT}
+    given = [x for x, wanted in zip(batch.inputs, batch.wanted, strict=True) if wanted is None]
+    assert len(given) == len(clips)
+    for index, clean in zip(clips, given, strict=True):
+        assert torch.equal(clean, cache.latent(index)[:, : clean.shape[1]])
+    for x, wanted, owner in zip(batch.inputs, batch.wanted, batch.owners, strict=True):
+        if wanted is not None:
+            x0 = cache.latent(clips[owner])[:, -x.shape[1] :]
+            torch.testing.assert_close(x - batch.times[owner] * wanted, x0, rtol=0, atol=1e-5)
+
+
+def test_packs_show_every_clip_once_an_epoch(cache: LatentCache) -> None:
+    tokens = cache.tokens(DIT.patch)
+    packs = Packs(tokens, 400, 3)
+    seen: list[int] = []
+    number = 0
+    while len(seen) < 24:
+        assert tokens[packs[number]].sum() <= 400
+        seen += packs[number]
+        number += 1
+    assert sorted(seen) == list(range(24))
+    assert packs[number] and Packs(tokens, 400, 3)[number] == packs[number]
+    assert Packs(tokens, 400, 4)[0] != packs[0]
+    with pytest.raises(ValueError, match="tokens: expected"):
+        Packs(tokens, 10, 3)
+
+
+# --- command -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nope"], "--config: expected one of"),
+        (["--config", "tiny", "--minutes", "-1"], "--minutes"),
+        (["--config", "tiny", "--out", "{tmp}", "--resume"], "--resume: found no"),
+        (["--config", "tiny", "--out", "{tmp}", "--vae", "{tmp}"], "expected a VAE checkpoint"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training.main([text.format(tmp=tmp_path) for text in arguments])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parser_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        training.main(["--config", "tiny", "--steps", "0"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
