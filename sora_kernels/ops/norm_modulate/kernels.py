@@ -200,8 +200,9 @@ def _norm_modulate_bwd_kernel(
     dweight = tl.zeros([BLOCK_D], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_D], dtype=tl.float32)
 
-    for position in range(start, end):
-        n = position.to(tl.int64)
+    for i in range(0, end - start):
+        position = start + i
+        n = position
         if order_ptr is not None:
             n = tl.load(order_ptr + position).to(tl.int64)
         row = row_of(n, index_ptr, tokens_per_row)
@@ -253,24 +254,23 @@ def _norm_modulate_bwd_kernel(
             tl.store(dx_ptr + n * width + cols, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=mask)
 
         # The row ends here, or the block does: store its sums and start anew.
-        done = (position + 1 == end) | (position + 1 == last)
-        out = mask & done
-        if _DSHIFT & NEEDS:
-            flush(dshift, row, first, last, start, end, block, dshift_ptr, partial_ptr,
-                  width, cols, out)  # fmt: skip
-        if _DSCALE & NEEDS:
-            flush(dscale, row, first, last, start, end, block, dscale_ptr, partial_ptr + slots,
-                  width, cols, out)  # fmt: skip
-        if _DSHIFT2 & NEEDS:
-            flush(dshift2, row, first, last, start, end, block, dshift2_ptr,
-                  partial_ptr + 2 * slots, width, cols, out)  # fmt: skip
-        if _DSCALE2 & NEEDS:
-            flush(dscale2, row, first, last, start, end, block, dscale2_ptr,
-                  partial_ptr + 3 * slots, width, cols, out)  # fmt: skip
-        dshift = tl.where(done, 0.0, dshift)
-        dscale = tl.where(done, 0.0, dscale)
-        dshift2 = tl.where(done, 0.0, dshift2)
-        dscale2 = tl.where(done, 0.0, dscale2)
+        if (position + 1 == end) | (position + 1 == last):
+            if _DSHIFT & NEEDS:
+                flush(dshift, row, first, last, start, end, block, dshift_ptr, partial_ptr,
+                      width, cols, mask)  # fmt: skip
+            if _DSCALE & NEEDS:
+                flush(dscale, row, first, last, start, end, block, dscale_ptr,
+                      partial_ptr + slots, width, cols, mask)  # fmt: skip
+            if _DSHIFT2 & NEEDS:
+                flush(dshift2, row, first, last, start, end, block, dshift2_ptr,
+                      partial_ptr + 2 * slots, width, cols, mask)  # fmt: skip
+            if _DSCALE2 & NEEDS:
+                flush(dscale2, row, first, last, start, end, block, dscale2_ptr,
+                      partial_ptr + 3 * slots, width, cols, mask)  # fmt: skip
+            dshift = tl.zeros([BLOCK_D], dtype=tl.float32)
+            dscale = tl.zeros([BLOCK_D], dtype=tl.float32)
+            dshift2 = tl.zeros([BLOCK_D], dtype=tl.float32)
+            dscale2 = tl.zeros([BLOCK_D], dtype=tl.float32)
 
     if _DWEIGHT & NEEDS:
         tl.store(dweight_partial_ptr + block * width + cols, dweight, mask=mask)
