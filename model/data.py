@@ -20,6 +20,7 @@ from model.flow import interpolate, logit_normal, shift_time, size_shift
 from model.text import NO_PROMPT, Vocabulary
 from model.world import clip
 from sora_kernels.packing import PackedLayout
+from sora_kernels.planner import Cost, plan
 
 Encode = Callable[[Tensor], Tensor]
 ENCODE_BATCH = 32
@@ -179,36 +180,37 @@ def make_batch(
 
 
 class Packs:
-    """Packs of clips without end: pack `i` is a pure function of (sizes, budget, seed, i)."""
+    """Packs of clips without end: pack `i` is a pure function of (tokens, budget, width, seed, i).
 
-    def __init__(self, tokens: np.ndarray, budget: int, seed: int) -> None:
-        if len(tokens) == 0 or int(tokens.max()) > budget:
-            raise ValueError(
-                f"tokens: expected a pack of at least {int(tokens.max())}, got {budget}"
-            )
+    The planner sorts by length to fill packs, which would show the model all images in one step and
+    all long clips in another. It is therefore given random bundles of BUNDLE clips, which keeps
+    packs full (98%) and mixed.
+    """
+
+    BUNDLE = 4
+
+    def __init__(self, tokens: np.ndarray, budget: int, width: int, seed: int) -> None:
+        largest = int(np.sort(tokens)[-self.BUNDLE :].sum())
+        if len(tokens) == 0 or largest > budget:
+            raise ValueError(f"tokens: expected a pack of at least {largest}, got {budget}")
         self.tokens, self.budget, self.seed = tokens, budget, seed
-        self._epochs: list[list[list[int]]] = []
+        self.cost = Cost.of_width(width)
+        self._epochs: dict[int, list[list[int]]] = {}
 
     def __getitem__(self, number: int) -> list[int]:
         epoch = 0
-        while True:
-            packs = self._epoch(epoch)
-            if number < len(packs):
-                return packs[number]
+        while number >= len(packs := self._epoch(epoch)):
             number, epoch = number - len(packs), epoch + 1
+        return packs[number]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        while len(self._epochs) <= epoch:
-            order = np.random.default_rng([self.seed, len(self._epochs)]).permutation(
-                len(self.tokens)
-            )
-            packs: list[list[int]] = [[]]
-            room = self.budget
-            for i in order.tolist():
-                if self.tokens[i] > room:
-                    packs.append([])
-                    room = self.budget
-                packs[-1].append(i)
-                room -= int(self.tokens[i])
-            self._epochs.append(packs)
+        if epoch not in self._epochs:
+            order = np.random.default_rng([self.seed, 2, epoch]).permutation(len(self.tokens))
+            bundles = [order[i : i + self.BUNDLE] for i in range(0, len(order), self.BUNDLE)]
+            sums = np.array([self.tokens[bundle].sum() for bundle in bundles])
+            planned = plan(sums, self.budget, cost=self.cost, seed=self.seed, epoch=epoch)
+            self._epochs[epoch] = [
+                [int(i) for bundle in planned.pack(step, 0) for i in bundles[bundle]]
+                for step in range(planned.num_steps)
+            ]
         return self._epochs[epoch]

@@ -111,7 +111,9 @@ class Trainer:
         self.parameters: list[Tensor] = [tensor for _, tensor in model.named_parameters()]
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.optimisers = make_optimisers(model, config)
-        self.packs = Packs(cache.tokens(model.config.patch), config.tokens, config.seed)
+        self.packs = Packs(
+            cache.tokens(model.config.patch), config.tokens, model.config.width, config.seed
+        )
 
     def advance(self) -> tuple[Tensor, Tensor, Batch]:
         """One step: loss before it, loss per clip, and the batch."""

@@ -33,7 +33,7 @@ WORDS = Vocabulary(VOCABULARY)
 DIT = DiTConfig(
     16, 2, 2, patch=(1, 1, 1), rope_axes=(4, 2, 2), vocabulary=len(WORDS), base_tokens=48
 )
-TRAIN = TrainConfig("tiny", "tiny", clips=24, tokens=400, steps=6, warmup=2, given=0.5)
+TRAIN = TrainConfig("tiny", "tiny", clips=24, tokens=800, steps=6, warmup=2, given=0.5)
 CONFIGS = [TRAIN, dataclasses.replace(TRAIN, muon=0.02)]
 
 
@@ -203,18 +203,18 @@ def test_batches_hold_clean_given_parts_and_noisy_targets(cache: LatentCache) ->
 
 def test_packs_show_every_clip_once_an_epoch(cache: LatentCache) -> None:
     tokens = cache.tokens(DIT.patch)
-    packs = Packs(tokens, 400, 3)
+    packs = Packs(tokens, 800, 16, 3)
     seen: list[int] = []
     number = 0
     while len(seen) < 24:
-        assert tokens[packs[number]].sum() <= 400
+        assert tokens[packs[number]].sum() <= 800
         seen += packs[number]
         number += 1
     assert sorted(seen) == list(range(24))
-    assert packs[number] and Packs(tokens, 400, 3)[number] == packs[number]
-    assert Packs(tokens, 400, 4)[0] != packs[0]
+    assert packs[number] and Packs(tokens, 800, 16, 3)[number] == packs[number]
+    assert Packs(tokens, 800, 16, 4)[0] != packs[0]
     with pytest.raises(ValueError, match="tokens: expected"):
-        Packs(tokens, 10, 3)
+        Packs(tokens, 10, 16, 3)
 
 
 # --- command -------------------------------------------------------------------------------------
