@@ -1,0 +1,126 @@
+"""One DiT block: ours on packed tokens, against the idiomatic plain block and its torch.compile.
+
+4096 tokens of hidden size 384 (DiT-S), as clips of one size, so that the plain block is spared all
+padding and gathering and runs on a dense ``[B, L, D]``. What differs is the fusion alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from model.config import DiTConfig
+from model.dit import Block
+from sora_kernels import gate_residual, gate_residual_norm_modulate, norm_modulate
+from sora_kernels.packing import PackedLayout, Rope
+
+from .plain_dit import dense_block
+from .registry import DTYPES, Case, Context, Inputs, Provider, Run
+
+WIDTH, HEADS = 384, 6
+CONFIG = DiTConfig(width=WIDTH, depth=1, heads=HEADS, patch=(1, 1, 1))
+# (clips, grid of tokens): 256 x 256 images of DiT-S/2, short clips, one long clip.
+SHAPES = ((16, (1, 16, 16)), (4, (4, 16, 16)), (1, (4, 32, 32)))
+
+
+def ours(block: Block, x: Tensor, c: Tensor, layout: PackedLayout, rope: Rope) -> Tensor:
+    """``x`` ``[N, D]``, ``c`` ``[clips, D]``."""
+    rows = layout.segment_rows
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.rows(c).chunk(6, dim=-1)
+    h = norm_modulate(x, shift1, scale1, rows=rows)
+    assert isinstance(h, Tensor)
+    y = block.attention(h, layout, rope)
+    x, h = gate_residual_norm_modulate(x, y, gate1, shift2, scale2, rows=rows)
+    return gate_residual(x, block.mlp(h), gate2, rows=rows)
+
+
+def inputs(clips: int, grid: tuple[int, int, int], dtype: str, device: torch.device) -> Inputs:
+    block = Block(CONFIG)
+    for p in block.parameters():  # adaLN-Zero starts at zero: timing would see an idle gate
+        torch.nn.init.normal_(p, std=0.02 if p.dim() > 1 else 0.1)
+    block.to(device, DTYPES[dtype])
+    layout = PackedLayout.from_grids([grid] * clips, patch=CONFIG.patch, device=device)
+    rope = layout.rope(CONFIG.rope_axes)
+    cos, sin = rope.slice(0, layout.num_tokens // clips).dense()
+    return {
+        "block": block,
+        "x": torch.randn(layout.num_tokens, WIDTH, device=device).to(DTYPES[dtype]),
+        "c": torch.randn(clips, WIDTH, device=device).to(DTYPES[dtype]),
+        "layout": layout,
+        "rope": rope,
+        "cos": cos[None, :, None].to(DTYPES[dtype]),
+        "sin": sin[None, :, None].to(DTYPES[dtype]),
+    }
+
+
+def run_ours(given: Inputs, x: Tensor, c: Tensor) -> Tensor:
+    return ours(given["block"], x, c, given["layout"], given["rope"])
+
+
+def run_plain(function: Callable[..., Tensor], given: Inputs, x: Tensor, c: Tensor) -> Tensor:
+    dense = x.view(len(c), -1, WIDTH)
+    return function(given["block"], dense, c[:, None], 0, given["cos"], given["sin"], None).view_as(
+        x
+    )
+
+
+def provider(call: Callable[[Inputs, Tensor, Tensor], Tensor], mode: str) -> Provider:
+    """Forward, or forward and backward with the gradients of both inputs and all weights."""
+
+    def build(given: Inputs) -> Run:
+        if mode == "fwd":
+
+            def forward() -> object:
+                with torch.no_grad():
+                    return call(given, given["x"], given["c"])
+
+            return forward
+        x, c = (given[name].detach().requires_grad_() for name in ("x", "c"))
+        wanted = [x, c, *given["block"].parameters()]
+        generator = torch.Generator(device=x.device).manual_seed(1)
+        upstream = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        return lambda: torch.autograd.grad(call(given, x, c), wanted, upstream)
+
+    return build
+
+
+def compiled(mode: str) -> Provider:
+    def build(given: Inputs) -> Run:
+        function = torch.compile(dense_block, dynamic=False)
+        return provider(partial(run_plain, function), mode)(given)
+
+    return build
+
+
+def block_flops(lengths: Iterable[int], width: int) -> int:
+    """Forward: the five products of a block (24 N D^2) and attention's two (4 L^2 D a segment)."""
+    return sum(24 * n * width**2 + 4 * n * n * width for n in lengths)
+
+
+def cases(context: Context) -> Iterable[Case]:
+    dtypes = ("bf16",) if context.device == "cuda" else ("fp32",)
+    for clips, grid in context.pick(quick=SHAPES[:1], full=SHAPES):
+        length = grid[0] * grid[1] * grid[2]
+        for dtype in dtypes:
+            size = DTYPES[dtype].itemsize
+            weights = (18 * WIDTH**2) * size
+            flops = block_flops([length] * clips, WIDTH)
+            for mode, factor in (("fwd", 1), ("fwd+bwd", 3)):
+                yield Case(
+                    suite="block",
+                    op="dit_block",
+                    mode=mode,
+                    case=f"{clips}x{length} tokens, D={WIDTH}",
+                    dtype=dtype,
+                    bytes=factor * (2 * clips * length * WIDTH * size + weights),
+                    flops=factor * flops,
+                    inputs=partial(inputs, clips, grid, dtype),
+                    providers={
+                        "sora_kernels": provider(run_ours, mode),
+                        "plain": provider(partial(run_plain, dense_block), mode),
+                        "compile": compiled(mode),
+                    },
+                )
