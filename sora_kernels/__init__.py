@@ -2,9 +2,31 @@
 
 from .backend import explain, use_backend
 from .laws import Point
+from .ops.gate_residual import gate_residual
+from .ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from .ops.norm_modulate import norm_modulate
+from .ops.packed_attention import packed_attention
+from .ops.patchify import patchify, unpatchify
+from .ops.qk_norm_rope import qk_norm_rope
+from .packing import Grid, PackedLayout, Rope, Text
 from .rows import RowMap
 
 __version__ = "0.1.0"
 
-__all__ = ["Point", "RowMap", "explain", "norm_modulate", "use_backend"]
+__all__ = [
+    "Grid",
+    "PackedLayout",
+    "Point",
+    "Rope",
+    "RowMap",
+    "Text",
+    "explain",
+    "gate_residual",
+    "gate_residual_norm_modulate",
+    "norm_modulate",
+    "packed_attention",
+    "patchify",
+    "qk_norm_rope",
+    "unpatchify",
+    "use_backend",
+]

@@ -140,3 +140,17 @@ def output_dtype(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
         + (" or a half precision" if x.dtype is torch.float32 else "")
         + f", got {out_dtype}"
     )
+
+
+def check_branch(y: Tensor, name: str, x: Tensor) -> None:
+    """A branch output added to the residual stream ``x``: its shape; its dtype unless x is fp32."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(y).__name__}")
+    halves = (torch.bfloat16, torch.float16)
+    if y.dtype != x.dtype and not (x.dtype is torch.float32 and y.dtype in halves):
+        expected = f"{x.dtype}" + (" or a half precision" if x.dtype is torch.float32 else "")
+        raise TypeError(f"{name}: expected {expected} (x is {x.dtype}), got {y.dtype}")
+    if y.shape != x.shape:
+        raise ValueError(f"{name}: expected shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    if y.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} (that of x), got {y.device}")

@@ -1,0 +1,377 @@
+"""gate_residual_norm_modulate: the gated residual and the next layer's adaLN input in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import backend as _backend
+from ...laws import Law, Point, resolve
+from ...rows import RowMap
+from .._modulation import as_tokens, check_branch, check_tokens, check_vector, modulation_rows
+from .config import MAX_WIDTH
+from .reference import gate_residual_norm_modulate_reference
+
+OP = "gate_residual_norm_modulate"
+
+# Bits of `needs`, in the order of the backward's results.
+DX, DY, DY2, DGATE, DGATE2, DWEIGHT, DBIAS, DSHIFT, DSCALE = (1 << i for i in range(9))
+
+
+def gate_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    y2: Tensor | None = None,
+    gate2: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    rows: RowMap | None = None,
+    per: str | None = None,
+    gate_table: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    law: Law = "fp32_once",
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``r = x + gate*y`` and ``(1 + scale) * (norm(r) * weight + bias) + shift``, both returned.
+
+    The end of one branch of a DiT block (arXiv 2212.09748) and the start of the next, without
+    writing the residual stream and reading it back. Every modulation is optional: without a gate a
+    plain residual add, without shift and scale a plain (affine) norm. Arithmetic is fp32, rounding
+    follows ``law``; the norm reads the unrounded sum unless the law has ``residual``. Any width,
+    any strides with ``stride(-1) == 1``; modulations may be chunks of a projection. The backward
+    is one deterministic pass and computes only the gradients that are asked for.
+
+    Args:
+        x: the residual stream, ``[N, D]`` or ``[B, ..., D]``; fp32, bf16 or fp16 (fp64 runs the
+            reference).
+        y: the branch, shape of ``x``; dtype of ``x``, or bf16 or fp16 beside an fp32 ``x``.
+        gate, shift, scale: the modulation, in the shape that ``rows`` or ``per`` names (one row
+            map for all), or None. Any of the input dtypes or fp32.
+        y2, gate2: a second gated branch, dtype of ``y`` (SD3.5's dual attention).
+        weight, bias: ``[D]``, the affine part of the norm, or None.
+        norm: ``"layer"`` (mean removed) or ``"rms"``.
+        eps: added to the variance or mean square.
+        rows: a :class:`RowMap`; modulations are then ``[R, D]``, token n uses row
+            ``rows.index[n]``.
+        per: without ``rows``: ``"sample"`` (default) ``[B, D]`` (``[1, D]`` for ``x`` ``[N, D]``),
+            ``"frame"`` ``[B, F, D]`` with F dividing the tokens of a sample, ``"token"`` the shape
+            of ``x``, ``"all"`` ``[D]``.
+        gate_table, shift_table, scale_table: ``[D]``, added to every row of their modulation in
+            registers (adaLN-single of PixArt, arXiv 2310.00426).
+        law: rounding law, see :mod:`sora_kernels.laws`; the gated branch is rounded to the dtype
+            of ``y``, the residual to that of ``x``, the rest to ``out_dtype``.
+        out_dtype: of the normed result: the dtype of ``y`` (the default; it feeds the next branch)
+            or that of ``x``.
+
+    Returns:
+        ``(residual, normed)``, both of the shape of ``x`` and contiguous, in the dtype of ``x`` and
+        ``out_dtype``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or device, by name.
+    """
+    check_tokens(x)
+    check_branch(y, "y", x)
+    width = x.shape[-1]
+    if y2 is not None:
+        check_branch(y2, "y2", x)
+        if y2.dtype != y.dtype:
+            raise TypeError(f"y2: expected {y.dtype} (that of y), got {y2.dtype}")
+    elif gate2 is not None:
+        raise ValueError("gate2: expected y2 beside it")
+    if norm not in ("layer", "rms"):
+        raise ValueError(f'norm: expected "layer" or "rms", got {norm!r}')
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    out_dtype = y.dtype if out_dtype is None else out_dtype
+    if out_dtype not in (x.dtype, y.dtype):
+        raise ValueError(f"out_dtype: expected {y.dtype} or {x.dtype}, got {out_dtype}")
+    check_vector(weight, "weight", width, x.device)
+    check_vector(bias, "bias", width, x.device)
+    tables = {"gate": gate_table, "shift": shift_table, "scale": scale_table}
+    for (name, table), of in zip(tables.items(), (gate, shift, scale), strict=True):
+        check_vector(table, f"{name}_table", width, x.device)
+        if table is not None and of is None:
+            raise ValueError(f"{name}_table: expected {name} beside it")
+    row_map, mods = modulation_rows(
+        x, rows, per, {"gate": gate, "gate2": gate2, "shift": shift, "scale": scale}
+    )
+    options = (row_map, norm == "rms", float(eps), resolve(law), out_dtype)
+    tensors = (
+        mods["gate"],
+        mods["gate2"],
+        weight,
+        bias,
+        mods["shift"],
+        mods["scale"],
+        gate_table,
+        shift_table,
+        scale_table,
+    )
+    chosen = _choose(x)
+    if chosen == "reference":
+        residual, normed = _reference(x, y, y2, tensors, options)
+    elif torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, y, y2, *tensors)
+    ):
+        keeps_x = _keeps_x(x, tensors, options[3])
+        residual, normed = _GateResidualNormModulate.apply(
+            as_tokens(x),
+            as_tokens(y),
+            None if y2 is None else as_tokens(y2),
+            chosen,
+            options,
+            keeps_x,
+            *tensors,
+        )
+    else:
+        residual, normed, _, _ = _forward(
+            chosen,
+            as_tokens(x),
+            as_tokens(y),
+            None if y2 is None else as_tokens(y2),
+            tensors,
+            options,
+        )
+    return residual.view(x.shape), normed.view(x.shape)
+
+
+def _choose(x: Tensor) -> str:
+    chosen = _backend.choose(OP, x)
+    if x.numel() == 0:
+        return "reference"
+    if chosen == "triton" and x.shape[-1] > MAX_WIDTH:
+        return _backend.fall_back(OP, x, f"a row of {x.shape[-1]} > {MAX_WIDTH} does not fit")
+    return chosen
+
+
+def _keeps_x(x: Tensor, tensors: tuple[Tensor | None, ...], law: int) -> bool:
+    """What the backward reads: x and the branches, of which it remakes the sum, or the residual.
+
+    The gradient of a gate reads y anyway. Then x costs the same byte as the residual, is exact
+    where a half-precision residual was rounded after the norm had read it, and is often kept
+    alive by the norm before the branch. Without a gate's gradient the residual alone is less
+    to keep and to read, and its rounding is harmless for dx (it enters through xhat times a mean);
+    but sums over tokens in fp32 (scale, weight) would show it.
+    """
+
+    def wanted(*which: int) -> bool:
+        return any(t is not None and t.requires_grad for t in (tensors[i] for i in which))
+
+    rounded = x.dtype is not torch.float32 and not law & Point.RESIDUAL
+    return wanted(0, 1, 6) or (rounded and wanted(2, 5, 8))
+
+
+def _reference(
+    x: Tensor,
+    y: Tensor,
+    y2: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+) -> tuple[Tensor, Tensor]:
+    rows, rms, eps, law, out_dtype = options
+    return gate_residual_norm_modulate_reference(
+        x, y, y2, *tensors, rows=rows, rms=rms, eps=eps, law=law, out_dtype=out_dtype
+    )
+
+
+def _forward(
+    chosen: str,
+    x: Tensor,
+    y: Tensor,
+    y2: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, rms, eps, law, out_dtype = options
+    if chosen == "triton" and not x.is_cuda:  # the interpreter
+        from . import kernels
+
+        run = kernels.forward
+    else:
+        run = torch.ops.sora_kernels.gate_residual_norm_modulate_fwd
+    return run(x, y, y2, *tensors, rows.index, rows.tokens_per_row, eps, rms, law, out_dtype)
+
+
+class _GateResidualNormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        y2: Tensor | None,
+        chosen: str,
+        options: tuple[Any, ...],
+        keeps_x: bool,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        residual, normed, mean, rstd = _forward(chosen, x, y, y2, tensors, options)
+        rows = options[0]
+        stream = (x, y, y2) if keeps_x else (residual, None, None)
+        ctx.save_for_backward(*stream, mean, rstd, *tensors, rows.index, rows.order, rows.offsets)
+        ctx.set_materialize_grads(False)
+        ctx.chosen, ctx.options = chosen, options
+        ctx.y_dtype, ctx.two = y.dtype, y2 is not None
+        return residual, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dresidual: Tensor | None, dnormed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, y, y2, mean, rstd, *rest = ctx.saved_tensors
+        tensors, (index, order, offsets) = rest[:9], rest[9:]
+        gate, gate2, weight, bias, shift, scale, gate_table, shift_table, scale_table = tensors
+        rows, rms, _, law, out_dtype = ctx.options
+        needs_x, needs_y, needs_y2, _, _, _, *needs = ctx.needs_input_grad
+        if dresidual is None and dnormed is None:
+            return (None,) * 15
+        if dnormed is None:  # the norm was not used: its gradient is zero
+            dnormed = x.new_zeros(x.shape, dtype=out_dtype)
+        # Without a gate the gradient of a branch is dx itself, where the dtype agrees.
+        same = ctx.y_dtype == x.dtype
+        as_dx = needs_y and gate is None and same
+        as_dx2 = needs_y2 and gate2 is None and same
+        wanted = (
+            needs_x or as_dx or as_dx2,
+            needs_y and not as_dx,
+            needs_y2 and not as_dx2,
+            needs[0] or needs[6],  # a table's gradient is the sum of its modulation's
+            needs[1],
+            needs[2],
+            needs[3],
+            needs[4] or needs[7],
+            needs[5] or needs[8],
+        )
+        if ctx.chosen == "triton" and not x.is_cuda:
+            from . import kernels
+
+            run = kernels.backward
+        else:
+            run = torch.ops.sora_kernels.gate_residual_norm_modulate_bwd
+        dx, dy, dy2, dgate, dgate2, dweight, dbias, dshift, dscale = run(
+            None if dresidual is None else as_tokens(dresidual),
+            as_tokens(dnormed),
+            x,
+            y,
+            y2,
+            mean,
+            rstd,
+            *tensors,
+            index,
+            order,
+            offsets,
+            rows.tokens_per_row,
+            rms,
+            law,
+            ctx.y_dtype,
+            sum(1 << bit for bit, want in enumerate(wanted) if want),
+        )
+
+        def like(grad: Tensor, of: Tensor | None, need: bool) -> Tensor | None:
+            return grad.to(of.dtype) if need and of is not None else None
+
+        return (
+            dx if needs_x else None,
+            dx if as_dx else dy if needs_y else None,
+            dx if as_dx2 else dy2 if needs_y2 else None,
+            None,
+            None,
+            None,
+            like(dgate, gate, needs[0]),
+            like(dgate2, gate2, needs[1]),
+            like(dweight, weight, needs[2]),
+            like(dbias, bias, needs[3]),
+            like(dshift, shift, needs[4]),
+            like(dscale, scale, needs[5]),
+            like(dgate.sum(0), gate_table, needs[6]) if needs[6] else None,
+            like(dshift.sum(0), shift_table, needs[7]) if needs[7] else None,
+            like(dscale.sum(0), scale_table, needs[8]) if needs[8] else None,
+        )
+
+
+# --- raw ops ------------------------------------------------------------------------------------
+
+_TENSORS = (
+    "Tensor? gate, Tensor? gate2, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, "
+    "Tensor? gate_table, Tensor? shift_table, Tensor? scale_table, Tensor? index, "
+)
+_backend.define(
+    f"gate_residual_norm_modulate_fwd(Tensor x, Tensor y, Tensor? y2, {_TENSORS} "
+    "SymInt tokens_per_row, float eps, bool rms, int law, ScalarType out_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_backend.define(
+    "gate_residual_norm_modulate_bwd(Tensor? dresidual, Tensor dnormed, Tensor x, Tensor? y, "
+    f"Tensor? y2, Tensor mean, Tensor rstd, {_TENSORS} Tensor? order, Tensor? offsets, "
+    "SymInt tokens_per_row, bool rms, int law, ScalarType y_dtype, int needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _fake_fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    rms, out_dtype = args[14], args[16]
+    tokens = x.shape[0] * x.shape[1]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape, dtype=out_dtype),
+        x.new_empty(0 if rms else tokens, dtype=torch.float32),
+        x.new_empty(tokens, dtype=torch.float32),
+    )
+
+
+def _fake_bwd(
+    dresidual: Tensor | None, dnormed: Tensor, x: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    gate, gate2, weight, bias, shift, scale, gate_table, shift_table, scale_table = args[4:13]
+    y_dtype, needs = args[-2:]
+
+    def grad(bit: int, of: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+        if not needs & bit or of is None:
+            return x.new_empty(0, dtype=torch.float32)
+        return x.new_empty(of.shape, dtype=of.dtype if dtype is None else dtype)
+
+    def with_table(bit: int, of: Tensor | None, table: Tensor | None) -> Tensor:
+        return grad(bit, of, None if table is None else torch.float32)
+
+    return (
+        grad(DX, x, x.dtype),
+        grad(DY, x, y_dtype),
+        grad(DY2, x, y_dtype),
+        with_table(DGATE, gate, gate_table),
+        grad(DGATE2, gate2, None),
+        grad(DWEIGHT, weight, torch.float32),
+        grad(DBIAS, bias, torch.float32),
+        with_table(DSHIFT, shift, shift_table),
+        with_table(DSCALE, scale, scale_table),
+    )
+
+
+def _cuda_fwd(*args: Any) -> tuple[Tensor, ...]:
+    from . import kernels
+
+    return kernels.forward(*args)
+
+
+def _cuda_bwd(*args: Any) -> tuple[Tensor, ...]:
+    from . import kernels
+
+    return kernels.backward(*args)
+
+
+_backend.fake("gate_residual_norm_modulate_fwd", _fake_fwd)
+_backend.fake("gate_residual_norm_modulate_bwd", _fake_bwd)
+_backend.implement("gate_residual_norm_modulate_fwd", "CUDA", _cuda_fwd)
+_backend.implement("gate_residual_norm_modulate_bwd", "CUDA", _cuda_bwd)
+_backend.guard_autograd("gate_residual_norm_modulate_fwd")
+_backend.guard_autograd("gate_residual_norm_modulate_bwd")
