@@ -1,0 +1,257 @@
+"""Every op on a GPU, through its public function: accuracy, determinism, compile, CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import sora_kernels as sk
+from sora_kernels.backend import interpreting
+from tests.helpers import check, poisoned, randn
+
+DEVICE = "cuda"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(interpreting(), reason="set TRITON_INTERPRET=0 to run kernels on the GPU"),
+]
+
+LAYOUT = [
+    [sk.Text(7), sk.Grid(3, 9, 14)],
+    [sk.Grid(1, 16, 16)],
+    [sk.Text(33), sk.Grid(5, 6, 10, origin=(2.0, 0.0, 0.0))],
+    [sk.Grid(1, 1, 1)],
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`call(**inputs)` returns a tensor or a tuple; all inputs are differentiated."""
+
+    op: str
+    shapes: dict[str, tuple[int, ...]]
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def layout(order: str = "raster") -> sk.PackedLayout:
+    return sk.PackedLayout(LAYOUT, order=order, device=DEVICE)
+
+
+def _norm(width: int, **options: str) -> Case:
+    pack = layout()
+    r = pack.num_segments
+    shapes = {"x": (pack.num_tokens, width), "shift": (r, width), "scale": (r, width)}
+    return Case(
+        "norm_modulate",
+        {**shapes, "weight": (width,), "bias": (width,)},
+        lambda **a: sk.norm_modulate(**a, rows=pack.segment_rows, **options),
+    )
+
+
+def _norm_two_per_token(width: int) -> Case:
+    names = ("x", "shift", "scale", "shift2", "scale2")
+    return Case(
+        "norm_modulate",
+        dict.fromkeys(names, (2, 150, width)),
+        lambda **a: sk.norm_modulate(**a, norm="rms", per="token"),
+    )
+
+
+def _gate(width: int) -> Case:
+    pack = layout()
+    n, r = pack.num_tokens, pack.num_parts
+    return Case(
+        "gate_residual",
+        {"x": (n, width), "y": (n, width), "gate": (r, width), "gate_table": (width,)},
+        lambda **a: sk.gate_residual(**a, rows=pack.part_rows),
+    )
+
+
+def _tanh_gate(width: int) -> Case:
+    shapes = {"x": (2, 150, width), "y": (2, 150, width), "gate": (2, width), "weight": (width,)}
+    return Case("gate_residual", shapes, lambda **a: sk.gate_residual(**a, tanh=True, norm="rms"))
+
+
+def _gate_norm(width: int) -> Case:
+    pack = layout()
+    n, r = pack.num_tokens, pack.num_segments
+    shapes = {"x": (n, width), "y": (n, width)}
+    shapes |= dict.fromkeys(("gate", "shift", "scale"), (r, width))
+    return Case(
+        "gate_residual_norm_modulate",
+        shapes,
+        lambda **a: sk.gate_residual_norm_modulate(**a, rows=pack.segment_rows),
+    )
+
+
+def _qk(heads: int, width: int, norm: str, pairing: str) -> Case:
+    pack = layout("tile")
+    rest = width // 4 * 2
+    rope = pack.rope((width - 2 * (rest // 4 * 2), rest // 4 * 2, rest // 4 * 2))
+    weight = heads * width if norm == "rms_full" else width
+
+    def call(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, _ = qkv.unbind(1)
+        return sk.qk_norm_rope(q, k, q_weight, k_weight, rope, norm=norm, pairing=pairing)
+
+    shapes = {"qkv": (pack.num_tokens, 3, heads, width)}
+    return Case("qk_norm_rope", {**shapes, "q_weight": (weight,), "k_weight": (weight,)}, call)
+
+
+def _attention(heads: int, key_heads: int, width: int) -> Case:
+    pack = layout()
+    n = pack.num_tokens
+    return Case(
+        "packed_attention",
+        {"q": (n, heads, width), "k": (n, key_heads, width), "v": (n, key_heads, width)},
+        lambda **a: sk.packed_attention(**a, layout=pack),
+    )
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "norm_modulate-layer-1152": lambda: _norm(1152, norm="layer"),
+    "norm_modulate-rms-100": lambda: _norm(100, norm="rms"),
+    "norm_modulate-two-per-token-3072": lambda: _norm_two_per_token(3072),
+    "gate_residual-1536": lambda: _gate(1536),
+    "gate_residual-tanh-norm-240": lambda: _tanh_gate(240),
+    "gate_residual_norm_modulate-384": lambda: _gate_norm(384),
+    "gate_residual_norm_modulate-5120": lambda: _gate_norm(5120),
+    "qk_norm_rope-rms-128": lambda: _qk(6, 128, "rms", "interleaved"),
+    "qk_norm_rope-rms_full-64": lambda: _qk(5, 64, "rms_full", "half"),
+    "qk_norm_rope-layer-72": lambda: _qk(3, 72, "layer", "half_per_axis"),
+    "packed_attention-64": lambda: _attention(6, 6, 64),
+    "packed_attention-grouped-128": lambda: _attention(8, 2, 128),
+    "packed_attention-72": lambda: _attention(3, 3, 72),
+}
+
+
+def make_inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        name: randn(*shape, dtype=dtype, seed=i).to(DEVICE)
+        for i, (name, shape) in enumerate(case.shapes.items())
+    }
+
+
+def run(
+    call: Callable[..., Tensor | tuple[Tensor, ...]], inputs: dict[str, Tensor], upstream: str
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name; upstream gradients hold numbers of dtype `upstream`."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    result = call(**leaves)
+    outputs = (result,) if isinstance(result, Tensor) else result
+    grads = [
+        randn(*o.shape, dtype=getattr(torch, upstream), seed=100 + i).to(DEVICE, o.dtype)
+        for i, o in enumerate(outputs)
+    ]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    named = {f"out{i}": o.detach() for i, o in enumerate(outputs)}
+    return named | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def assert_within_bounds(
+    case: Case, got: dict[str, Tensor], inputs: dict[str, Tensor], upstream: str
+) -> None:
+    """The 2x rule (3x for gradients) against the reference in fp64 and in the kernel's dtype."""
+    with sk.use_backend("reference"):
+        exact = run(case.call, {k: v.double() for k, v in inputs.items()}, upstream)
+        lowp = run(case.call, inputs, upstream)
+    for name, value in got.items():
+        check(value, exact[name], lowp[name], grad=name.startswith("d"), name=name)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("name", CASES)
+def test_accuracy_forward_and_backward(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]()
+    inputs = make_inputs(case, dtype)
+    with poisoned():
+        got = run(case.call, inputs, dtype_name(dtype))
+    assert f"{case.op} on cuda: triton" in sk.explain().splitlines()
+    assert_within_bounds(case, got, inputs, dtype_name(dtype))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_run_gives_the_same_bits(name: str) -> None:
+    case = CASES[name]()
+    inputs = make_inputs(case, torch.bfloat16)
+    first = run(case.call, inputs, "bfloat16")
+    for _ in range(2):
+        again = run(case.call, inputs, "bfloat16")
+        assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_into_one_graph(name: str) -> None:
+    torch.compiler.reset()
+    case = CASES[name]()
+    inputs = make_inputs(case, torch.bfloat16)
+    compiled = torch.compile(case.call, fullgraph=True)
+    got = run(compiled, inputs, "bfloat16")
+    assert_within_bounds(case, got, inputs, "bfloat16")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_cuda_graph_replays_with_new_data(name: str) -> None:
+    case = CASES[name]()
+    static = make_inputs(case, torch.bfloat16)
+    fresh = {key: torch.flip(x, (0,)).clone() for key, x in static.items()}
+    with torch.no_grad():
+        expected = case.call(**fresh)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            case.call(**static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = case.call(**static)
+        for key, x in fresh.items():
+            static[key].copy_(x)
+        graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(_tuple(result), _tuple(expected), strict=True):
+        assert torch.equal(got, want)
+
+
+def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def test_attention_in_a_pack_has_the_bits_of_the_segment_alone() -> None:
+    pack = layout()
+    shapes = dict.fromkeys("qkv", (pack.num_tokens, 4, 64))
+    inputs = make_inputs(Case("packed_attention", shapes, sk.packed_attention), torch.bfloat16)
+    together = run(lambda **a: sk.packed_attention(**a, layout=pack), inputs, "bfloat16")
+    upstream = randn(pack.num_tokens, 4, 64, dtype=torch.bfloat16, seed=100).to(DEVICE)
+    start = 0
+    for segment, length in zip(LAYOUT, pack.seqlens, strict=True):
+        own = slice(start, start + length)
+        alone = sk.PackedLayout([segment], device=DEVICE)
+        leaves = [x[own].detach().clone().requires_grad_() for x in inputs.values()]
+        out = sk.packed_attention(*leaves, layout=alone)
+        (dq,) = torch.autograd.grad(out, leaves[:1], upstream[own])
+        assert torch.equal(out, together["out0"][own])
+        assert torch.equal(dq, together["dq"][own])
+        start += length
+
+
+@pytest.mark.parametrize("order", ["raster", "tile"])
+def test_patchify_and_back_is_exact(order: str) -> None:
+    sizes = [(3, 8, 12), (1, 16, 16), (2, 6, 10)]
+    pack = sk.PackedLayout.from_grids(sizes, patch=(1, 2, 2), order=order, device=DEVICE)
+    videos = [randn(16, *size, dtype=torch.bfloat16, seed=i) for i, size in enumerate(sizes)]
+    tokens = sk.patchify([video.to(DEVICE) for video in videos], pack)
+    on_cpu = sk.PackedLayout.from_grids(sizes, patch=(1, 2, 2), order=order)
+    assert torch.equal(tokens.cpu(), sk.patchify(videos, on_cpu))
+    for video, back in zip(videos, sk.unpatchify(tokens, pack, 16), strict=True):
+        assert torch.equal(video, back.cpu())
