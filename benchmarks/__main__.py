@@ -115,7 +115,7 @@ def _plot(options: argparse.Namespace) -> int:
     from sora_kernels.bench.plot import plot
 
     try:
-        written = plot(read_report(options.report), options.out)
+        written = plot(read_report(options.report), options.out, Path(options.report).stem)
     except (ValueError, OSError) as error:
         _refuse(str(error))
     for path in written:

@@ -96,35 +96,48 @@ def _cases(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
     return grouped
 
 
-def plot(report: Mapping[str, Any], directory: str | Path) -> list[Path]:
-    """Writes ``speedup_<suite>.png`` and ``roofline_<suite>.png`` for every suite in ``report``.
+def _speedups(grouped: Mapping[str, list[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Per case and provider: times as fast as ``plain``, the paired median where there is one."""
+    groups = {}
+    for label, rows in grouped.items():
+        plain = next((row for row in rows if row["provider"] == "plain"), None)
+        if plain is None:
+            continue
+        ours = next((row for row in rows if row["provider"] == OURS), None)
+        paired = ours.get("paired", {}).get("plain") if ours else None
+        values = {r["provider"]: plain["p50_ms"] / r["p50_ms"] for r in rows if r is not plain}
+        if paired:
+            values[OURS] = paired["median"]
+        groups[label] = values
+    return {label: values for label, values in groups.items() if values}
 
-    Speedups are against plain PyTorch (for ``e2e`` against the slowest plain provider named
-    ``plain``): the paired median where the report has one, else the ratio of the medians.
+
+def plot(report: Mapping[str, Any], directory: str | Path, name: str = "benchmark") -> list[Path]:
+    """Writes ``<name>.png`` with the speedups of all suites, and two plots per suite.
+
+    ``speedup_<suite>.png`` is against plain PyTorch (in ``e2e`` against the fastest plain way),
+    ``roofline_<suite>.png`` is the share of the measured ceiling. A report without a plain
+    provider has no speedups, and then no plot of them.
     """
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     written = []
+    everything = _speedups(_cases(report["rows"]))
+    if everything:
+        title = "Times as fast as plain PyTorch"
+        path = out / f"{name}.png"
+        written.append(_bars(report, everything, title, "speedup", 1.0, path, "{:.2f}x"))
     for suite in dict.fromkeys(row["suite"] for row in report["rows"]):
         grouped = _cases(row for row in report["rows"] if row["suite"] == suite)
-        speedups: dict[str, dict[str, float]] = {}
-        rooflines: dict[str, dict[str, float]] = {}
-        for label, rows in grouped.items():
-            plain = next((row for row in rows if row["provider"] == "plain"), None)
-            rooflines[label] = {row["provider"]: 100 * row["roofline"] for row in rows}
-            if plain is None:
-                continue
-            speedups[label] = {
-                row["provider"]: row.get("paired", {})
-                .get("plain", {})
-                .get("median", plain["p50_ms"] / row["p50_ms"])
-                for row in rows
-                if row is not plain
-            }
-        if any(speedups.values()):
+        speedups = _speedups(grouped)
+        if speedups:
             path = out / f"speedup_{suite}.png"
             title = f"{suite}: times as fast as plain PyTorch"
             written.append(_bars(report, speedups, title, "speedup", 1.0, path, "{:.2f}x"))
+        rooflines = {
+            label: {row["provider"]: 100 * row["roofline"] for row in rows}
+            for label, rows in grouped.items()
+        }
         path = out / f"roofline_{suite}.png"
         title = f"{suite}: share of the measured ceiling (floor / time)"
         written.append(_bars(report, rooflines, title, "percent", 100.0, path, "{:.0f}%"))

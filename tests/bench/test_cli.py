@@ -162,7 +162,7 @@ def test_plots_come_from_the_report(tmp_path: Path) -> None:
     write_report(path, report(2.0, 5.0))
     assert main(["plot", str(path), "-o", str(tmp_path / "plots")]) == 0
     written = sorted(p.name for p in (tmp_path / "plots").iterdir())
-    assert written == ["roofline_ops.png", "speedup_ops.png"]
+    assert written == ["f.png", "roofline_ops.png", "speedup_ops.png"]
     for name in written:
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
