@@ -138,6 +138,7 @@ def _run(options: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from sora_kernels import explain
     from sora_kernels.bench import SCHEMA, write_report
     from sora_kernels.bench.env import describe
 
@@ -176,6 +177,7 @@ def _run(options: argparse.Namespace) -> int:
         return 1
     env = describe(device, quick=options.quick, variables=PINNED)
     env |= {"skipped": results.skipped, "errors": results.errors}
+    env["backends"] = explain().splitlines()
     report = {
         "schema": SCHEMA,
         "env": env,

@@ -61,6 +61,9 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         f"matmul {ceilings['matmul_tflops']:.3g} TFLOP/s ({ceilings.get('matmul_dtype', '')})",
         highlight=False,
     )
+    for line in env.get("backends", []):
+        if ": reference" in line:  # then "ours" is plain PyTorch too, and its time says little
+            console.print(f"not the fast path: {line}", markup=False, highlight=False)
     for note in env.get("skipped", []):
         console.print(
             f"skipped {note['provider']} in {note['case']}: {note['reason']}", markup=False

@@ -24,6 +24,7 @@ MIN_ROUNDS = 7  # the fewest for which [2nd smallest, 2nd largest] or the extrem
 MAX_ROUNDS = 50
 SHORTEST_ROUND = 1e-3  # seconds; a shorter call is repeated inside its round
 MAX_LOOPS = 500
+LONG_ROUND = 2.0  # seconds; after a round this long there is nothing left to warm
 
 
 class Driver(Protocol):
@@ -82,7 +83,9 @@ def measure(
         raise ValueError(f"need 1 <= min_rounds <= max_rounds, got {min_rounds} and {max_rounds}")
     names = list(runs)
     costs = dict.fromkeys(names, math.inf)
-    for _ in range(max(1, warmup)):
+    for turn in range(max(1, warmup)):
+        if turn and sum(costs.values()) > LONG_ROUND:
+            break
         for name in names:
             start = perf_counter()
             runs[name]()
