@@ -408,24 +408,6 @@ def test_copies_and_pickles():
     assert not layout.cu_seqlens.is_meta
 
 
-@pytest.mark.gpu
-def test_building_and_copying_never_synchronise():
-    mixed("tile", capacity=2000).to("cuda")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        segments = [[Text(5), Grid(3, 8, 8)]]
-        layout = PackedLayout(segments, order="tile", device="cuda", capacity=2000)
-        layout.rope((8, 4, 4))
-        layout.work(128)
-        other = PackedLayout(segments * 2, order="tile", device="cuda", capacity=2000)
-        layout.copy_(other)
-        assert layout.shard(0, 2).segment_rows.num_tokens == 1000
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(layout.cu_seqlens, other.cu_seqlens)
-
-
 BAD_INPUT = [
     (lambda: Text(-1), "Text.length: expected an integer >= 0, got -1"),
     (lambda: Text(True), "Text.length: expected an integer >= 0, got True"),

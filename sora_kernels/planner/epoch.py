@@ -110,7 +110,8 @@ def plan(
         cost: what the ranks balance; None = `Cost()`.
         seed, epoch: the order of the clips and of the steps; any integers.
         world: ranks.
-        window: packs that are packed and shuffled together; None = max(256, 32 * world).
+        window: packs that are packed and shuffled together, at least 2 * world; None = the larger
+            of 256 and 32 * world.
         drop_last: leave out the packs that do not fill a last step, instead of splitting packs.
         implementation: "native" (C++) or "numpy"; None = the first that is there.
 

@@ -83,7 +83,8 @@ class PackStream:
         self.capacity = check_int("capacity", capacity, 1)
         self.world = check_int("world", world, 1)
         default = max(256, 32 * self.world)
-        self.window = default if window is None else check_int("window", window, 1)
+        # At least two steps: one is planned while the least filled packs wait for the next.
+        self.window = check_int("window", default if window is None else window, 2 * self.world)
         self.cost = Cost() if cost is None else cost
         self.seed, self.epoch = int(seed), int(epoch)
         self.drop_last = drop_last
