@@ -39,10 +39,14 @@ class Scratch {
 };
 
 inline Vec first_lanes(Vec v, int64_t n) {  // zero outside the first n lanes
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_mov_ps((1u << n) - 1u, (__m512)v);
+#else
   float lanes[kLanes];
   store(lanes, v);
   for (int64_t i = n; i < kLanes; ++i) lanes[i] = 0.0f;
   return load(lanes);
+#endif
 }
 
 // Sum over a row of what term(offset, io) returns; four accumulators, fixed order.

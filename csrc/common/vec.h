@@ -113,15 +113,27 @@ inline void store(T* p, Vec v) {
 // The last n < kLanes elements of a row; the other lanes are zero.
 template <class T>
 inline Vec load_tail(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = (1u << n) - 1u;
+  if constexpr (sizeof(T) == 4) return (Vec)_mm512_maskz_loadu_ps(mask, p);
+  else return widen((HVec)_mm256_maskz_loadu_epi16(mask, p), p);
+#else
   T buffer[kLanes] = {};
   std::memcpy(buffer, p, n * sizeof(T));
   return load(buffer);
+#endif
 }
 template <class T>
 inline void store_tail(T* p, Vec v, int64_t n) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = (1u << n) - 1u;
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  else _mm256_mask_storeu_epi16(p, mask, (__m256i)narrow(v, p));
+#else
   T buffer[kLanes];
   store(buffer, v);
   std::memcpy(p, buffer, n * sizeof(T));
+#endif
 }
 
 // Stores that bypass the cache, for outputs that are not read again soon: an ordinary store first
@@ -156,6 +168,22 @@ inline void stream_fence() {
 #endif
 }
 
+// n elements, past the cache as far as whole registers go.
+template <class T>
+inline void copy_past_cache(T* to, const T* from, int64_t n) {
+  int64_t d = 0;
+#if defined(__AVX512F__)
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
+    for (const int64_t step = 64 / sizeof(T); d + step <= n; d += step)
+      _mm512_stream_si512((__m512i*)(to + d), _mm512_loadu_si512(from + d));
+#elif defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(to) % 32 == 0)
+    for (const int64_t step = 32 / sizeof(T); d + step <= n; d += step)
+      _mm256_stream_si256((__m256i*)(to + d), _mm256_loadu_si256((const __m256i*)(from + d)));
+#endif
+  std::memcpy(to + d, from + d, (n - d) * sizeof(T));
+}
+
 // --- arithmetic ------------------------------------------------------------------------------
 
 // v rounded to the precision of T and back.
@@ -165,12 +193,16 @@ inline Vec round_to(Vec v, const T* type) {
   return widen(narrow(v, type), type);
 }
 
-inline float sum(Vec v) {  // fixed order: pairs, then pairs of pairs
+inline float sum(Vec v) {  // fixed order: halves, then halves of halves
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float lanes[kLanes];
   store(lanes, v);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
+#endif
 }
 
 // Calls body(offset, load, store) over a row of n elements: full registers, then one tail.
