@@ -257,7 +257,7 @@ class _QkNormRope(torch.autograd.Function):
         q_weight, k_weight, q_bias, k_bias, cos, sin, position_index, *statics = args
         ctx.chosen = chosen
         ctx.statics = statics
-        ctx.bias_dtypes = [None if b is None else b.dtype for b in (q_bias, k_bias)]
+        ctx.dtypes = [None if t is None else t.dtype for t in args[:4]]
         ctx.set_materialize_grads(False)
         norm = statics[1]
         # A rotation alone needs no input to go back; shapes and dtypes come from the gradients.
@@ -286,10 +286,10 @@ class _QkNormRope(torch.autograd.Function):
                 q_weight, k_weight, cos, sin, position_index, *ctx.statics, needs,
             )  # fmt: skip
             out = [g if needs >> bit & 1 else None for bit, g in enumerate(computed)]
-            for i, dtype in enumerate(ctx.bias_dtypes):
-                bias_grad = out[4 + i]
-                if bias_grad is not None and bias_grad.dtype != dtype:
-                    out[4 + i] = bias_grad.to(dtype)
+            for i, dtype in enumerate(ctx.dtypes):
+                grad = out[2 + i]
+                if grad is not None and grad.dtype != dtype:
+                    out[2 + i] = grad.to(dtype)
         return None, *out, *([None] * (3 + len(ctx.statics)))
 
 
@@ -335,20 +335,20 @@ def _fake_bwd(
     law: int,
     needs: int,
 ) -> tuple[Tensor, ...]:
-    return new_gradients(q, k, q_weight, k_weight, norm, needs)
+    return new_gradients(q, k, norm, needs)
 
 
-def new_gradients(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, norm: int, needs: int
-) -> tuple[Tensor, ...]:
-    """Uninitialised results of a backward; those that are not needed have no elements."""
+def new_gradients(q: Tensor, k: Tensor, norm: int, needs: int) -> tuple[Tensor, ...]:
+    """Uninitialised results of a backward; those that are not needed have no elements.
+
+    Gradients of weights and biases are fp32 here; autograd gets them in the parameter's dtype.
+    """
     out = [x.new_empty(x.shape if needs & bit else (0,)) for bit, x in ((1, q), (2, k))]
     for first in (Need.Q_WEIGHT, Need.Q_BIAS):
-        for side, (x, weight) in enumerate(((q, q_weight), (k, k_weight))):
+        for side, x in enumerate((q, k)):
             width = x.shape[-1] * (x.shape[-2] if norm == Norm.RMS_FULL else 1)
-            dtype = torch.float32 if weight is None else weight.dtype
             wanted = needs & (int(first) << side)
-            out.append(x.new_empty((width,) if wanted else (0,), dtype=dtype))
+            out.append(x.new_empty((width,) if wanted else (0,), dtype=torch.float32))
     return tuple(out)
 
 

@@ -339,7 +339,7 @@ def backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     """Launches the backward kernel, once if q and k need the same gradients, else once for each."""
-    grads = new_gradients(q, k, q_weight, k_weight, norm, needs)
+    grads = new_gradients(q, k, norm, needs)
     hq, hk, width = q.shape[-2], k.shape[-2], q.shape[-1]
     cfg = tile(max(hq, hk), width, norm == Norm.RMS_FULL, backward=True)
     blocks = (triton.cdiv(hq, cfg.heads), triton.cdiv(hk, cfg.heads))
@@ -388,8 +388,7 @@ def backward(
     for side in (0, 1):
         for plane, out in enumerate((grads[2 + side], grads[4 + side])):
             if out.numel():
-                torch.sum(partials[side][plane], 0, out=out) if out.dtype == torch.float32 \
-                    else out.copy_(partials[side][plane].sum(0))  # fmt: skip
+                torch.sum(partials[side][plane], 0, out=out)
     return grads
 
 

@@ -1,0 +1,117 @@
+"""qk_norm_rope: norms and pairings of real models, q and k views of one packed QKV projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sora_kernels.ops.qk_norm_rope import qk_norm_rope
+from sora_kernels.packing import PackedLayout
+
+from .registry import DTYPES, Case, Context, Inputs, op_cases
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    grid: tuple[int, int, int]  # tokens along time, height and width
+    heads: int
+    width: int
+    axes: tuple[int, int, int]
+    norm: str
+    pairing: str = "interleaved"
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+# DiT-XL's width, beyond the cache; then Wan 1.3B, HunyuanVideo, CogVideoX-5B and Cosmos.
+BEYOND_CACHE = Shape("dit-xl", (16, 32, 32), 16, 72, (24, 24, 24), "rms")
+SHAPES = (
+    BEYOND_CACHE,
+    Shape("wan", (4, 32, 32), 12, 128, (44, 42, 42), "rms_full"),
+    Shape("hunyuan", (4, 32, 32), 24, 128, (16, 56, 56), "rms"),
+    Shape("cogvideox", (4, 32, 32), 48, 64, (16, 24, 24), "layer"),
+    Shape("cosmos", (4, 32, 32), 16, 128, (44, 42, 42), "rms", "half"),
+)
+
+
+def plain_norm(x: Tensor, weight: Tensor, bias: Tensor | None, norm: str) -> Tensor:
+    if norm == "rms_full":
+        return F.rms_norm(x.flatten(1), weight.shape, weight, 1e-6).view(x.shape)
+    if norm == "layer":
+        return F.layer_norm(x, weight.shape, weight, bias, 1e-6)
+    return F.rms_norm(x, weight.shape, weight, 1e-6)
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
+    """What diffusers does: rotate in fp32, round once. cos and sin are ``[N, 1, D/2]``."""
+    if pairing == "interleaved":
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def providers(shape: Shape) -> tuple[Callable[..., object], Callable[..., object]]:
+    def ours(q, k, q_weight, k_weight, q_bias, k_bias, rope, cos, sin):  # type: ignore[no-untyped-def]
+        return qk_norm_rope(
+            q, k, q_weight, k_weight, rope, q_bias=q_bias, k_bias=k_bias,
+            norm=shape.norm, pairing=shape.pairing,
+        )  # fmt: skip
+
+    def plain(q, k, q_weight, k_weight, q_bias, k_bias, rope, cos, sin):  # type: ignore[no-untyped-def]
+        q = plain_norm(q, q_weight, q_bias, shape.norm)
+        k = plain_norm(k, k_weight, k_bias, shape.norm)
+        return plain_rotate(q, cos, sin, shape.pairing), plain_rotate(k, cos, sin, shape.pairing)
+
+    return ours, plain
+
+
+def inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, device=device).to(DTYPES[dtype])
+
+    q, k, _ = randn(shape.tokens, 3, shape.heads, shape.width).unbind(1)
+    params = shape.width * (shape.heads if shape.norm == "rms_full" else 1)
+    layer = shape.norm == "layer"
+    layout = PackedLayout.from_grids([shape.grid], patch=(1, 1, 1), device=device)
+    rope = layout.rope(shape.axes)
+    cos, sin = rope.dense()  # plain PyTorch keeps a table per token; building it is not timed
+    return {
+        "q": q,
+        "k": k,
+        "q_weight": randn(params),
+        "k_weight": randn(params),
+        "q_bias": randn(params) if layer else None,
+        "k_bias": randn(params) if layer else None,
+        "rope": rope,
+        "cos": cos.unsqueeze(1),
+        "sin": sin.unsqueeze(1),
+    }
+
+
+def cases(context: Context) -> Iterable[Case]:
+    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
+        for shape in context.pick(quick=(BEYOND_CACHE,), full=SHAPES):
+            ours, plain = providers(shape)
+            elements = 2 * shape.tokens * shape.heads * shape.width  # q and k
+            size = DTYPES[dtype].itemsize * elements
+            grads = ["q", "k", "q_weight", "k_weight"]
+            yield from op_cases(
+                "qk_norm_rope",
+                f"{shape.name} {shape.tokens}x{shape.heads}x{shape.width}",
+                dtype,
+                inputs=partial(inputs, shape, dtype),
+                ours=ours,
+                plain=plain,
+                bytes={"fwd": 2 * size, "bwd": 3 * size},  # x -> y; x, dy -> dx
+                flops={"fwd": 7 * elements, "bwd": 12 * elements},
+                grads=grads + (["q_bias", "k_bias"] if shape.norm == "layer" else []),
+            )

@@ -1,0 +1,63 @@
+// Norm and rotation of q and k: what the binding (qk_norm_rope.cpp) and the kernels
+// (qk_norm_rope_kernels.cpp) say to each other. The formula is in ops/qk_norm_rope/reference.py.
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+#include "isa.h"
+
+namespace sora {
+
+constexpr int kMaxAxes = 4;
+constexpr int64_t kQkBlock = 32;     // tokens per block of the backward
+constexpr int64_t kQkColumns = 512;  // columns per unit of its second stage
+
+// The values are those of Norm and Pairing in ops/qk_norm_rope/__init__.py.
+enum QkNorm : int { kNoNorm = 0, kRms = 1, kLayer = 2, kRmsFull = 3 };
+enum QkPairing : int { kInterleaved = 0, kHalf = 1, kHalfPerAxis = 2 };
+
+// [B, L, H, D] with unit stride along D.
+struct Heads {
+  const void* data = nullptr;
+  int64_t per_batch = 1;  // L
+  int64_t batch_stride = 0, token_stride = 0, head_stride = 0;
+};
+
+struct QkSide {
+  int64_t tokens, heads;
+  Heads x;
+  const float* weight;  // [D] or [H * D], or null
+  const float* bias;    // [D] or null
+  void* y;              // forward: [tokens, H, D]
+  // Backward; pointers are null where a gradient is not wanted.
+  bool wanted;
+  Heads dy;
+  void* dx;
+  float* dweight_partial;  // [blocks, width of weight]
+  float* dbias_partial;
+  float* dweight;
+  float* dbias;
+};
+
+struct QkNormRope {
+  QkSide side[2];  // q, k
+  int64_t width;   // D
+  const float* cos;  // [P, r/2] or [P, H, r/2], or null: no rotation
+  const float* sin;
+  const int32_t* position_index;  // [rope_tokens, num_positions]
+  int64_t rope_tokens, num_positions;
+  int64_t axis_end[kMaxAxes];  // in pairs; the last is r/2
+  int axes;
+  bool per_head;
+  int norm, pairing;
+  float eps;
+  int law;
+  DType type;
+  bool stream;  // outputs bypass the cache
+};
+
+}  // namespace sora
+
+SORA_DECLARE_KERNEL(qk_norm_rope_fwd(const sora::QkNormRope&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL(qk_norm_rope_bwd(const sora::QkNormRope&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL(qk_norm_rope_bwd_finish(const sora::QkNormRope&, int64_t begin, int64_t end))
