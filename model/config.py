@@ -186,7 +186,6 @@ class TrainConfig:
     no_prompt: probability that a clip is shown without its prompt (for guidance).
     learning_rate: peak of AdamW's. muon: peak of Muon's, for the matrices inside the blocks; 0 = AdamW
         for these too.
-    matmul: precision of fp32 matrix products: "highest" is fp32, "medium" rounds the factors to bf16.
     """
 
     dit: str
@@ -196,7 +195,6 @@ class TrainConfig:
     steps: int
     learning_rate: float = 2e-3
     muon: float = 0.0
-    matmul: str = "highest"
     warmup: int = 100
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
@@ -208,5 +206,5 @@ class TrainConfig:
 
 
 TRAININGS: dict[str, TrainConfig] = {
-    "tiny": TrainConfig("tiny", "tiny", clips=32768, tokens=2048, steps=3000),
+    "tiny": TrainConfig("tiny", "tiny", clips=16384, tokens=2048, steps=3000),
 }

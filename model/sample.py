@@ -48,6 +48,9 @@ class Sampling:
     shift: float = 2.0
 
 
+DEFAULT = Sampling()
+
+
 def euler(
     velocity: Velocity,
     parts: Sequence[Tensor],
@@ -119,7 +122,7 @@ def start_noise(channels: int, latent: tuple[int, int, int], seed: int) -> Tenso
 def sample(
     model: DiT,
     requests: Sequence[Request],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT,
     progress: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Latents [C, T, H, W] of all requests, in order; given latents come back unchanged.

@@ -376,7 +376,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--resume: found no {state}")
     vocabulary = Vocabulary(VOCABULARY)
     cache = prepare(config, args.vae, args.cache or out / "latents.safetensors", args.quiet)
-    torch.set_float32_matmul_precision(config.matmul)
     torch.manual_seed(config.seed)
     model = DiT(replace(DITS[config.dit], vocabulary=len(vocabulary)))
     trainer = Trainer(model, config, cache)
