@@ -41,7 +41,7 @@ _cases: dict[str, dict[str, AotCase]] = {}
 def load_cases(module: str) -> dict[str, AotCase]:
     """The module's cases by name; ValueError if it has none or they are malformed."""
     if module not in _cases:
-        cases = getattr(importlib.import_module(module), "aot_cases", list)()
+        cases: list[AotCase] = getattr(importlib.import_module(module), "aot_cases", list)()
         if not cases:
             raise ValueError(f"{module}: expected aot_cases() to list kernels, got none")
         named = {case.name: case for case in cases}

@@ -21,7 +21,7 @@ ARCHS = [80, 90, 100, 120]
 
 
 def run_aot(
-    *args: str, env: dict[str, str] | None = None, timeout: int = 900
+    *args: str, env: dict[str, str] | None = None, timeout: int = 1800
 ) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
