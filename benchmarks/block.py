@@ -17,7 +17,7 @@ from model.dit import Block
 from sora_kernels import gate_residual, gate_residual_norm_modulate, norm_modulate
 from sora_kernels.packing import PackedLayout, Rope
 
-from .plain_dit import dense_block
+from .plain_dit import dense_block, turns_of
 from .registry import DTYPES, Case, Context, Inputs, Provider, Run
 
 WIDTH, HEADS = 384, 6
@@ -51,8 +51,8 @@ def inputs(clips: int, grid: tuple[int, int, int], dtype: str, device: torch.dev
         "c": torch.randn(clips, WIDTH, device=device).to(DTYPES[dtype]),
         "layout": layout,
         "rope": rope,
-        "cos": cos[None, :, None].to(DTYPES[dtype]),
-        "sin": sin[None, :, None].to(DTYPES[dtype]),
+        "turns": turns_of(cos, sin, compile=False)[None],
+        "real_turns": turns_of(cos, sin, compile=True)[None],
     }
 
 
@@ -60,11 +60,11 @@ def run_ours(given: Inputs, x: Tensor, c: Tensor) -> Tensor:
     return ours(given["block"], x, c, given["layout"], given["rope"])
 
 
-def run_plain(function: Callable[..., Tensor], given: Inputs, x: Tensor, c: Tensor) -> Tensor:
+def run_plain(
+    function: Callable[..., Tensor], turns: str, given: Inputs, x: Tensor, c: Tensor
+) -> Tensor:
     dense = x.view(len(c), -1, WIDTH)
-    return function(given["block"], dense, c[:, None], 0, given["cos"], given["sin"], None).view_as(
-        x
-    )
+    return function(given["block"], dense, c[:, None], 0, given[turns], None).view_as(x)
 
 
 def provider(call: Callable[[Inputs, Tensor, Tensor], Tensor], mode: str) -> Provider:
@@ -90,7 +90,7 @@ def provider(call: Callable[[Inputs, Tensor, Tensor], Tensor], mode: str) -> Pro
 def compiled(mode: str) -> Provider:
     def build(given: Inputs) -> Run:
         function = torch.compile(dense_block, dynamic=False)
-        return provider(partial(run_plain, function), mode)(given)
+        return provider(partial(run_plain, function, "real_turns"), mode)(given)
 
     return build
 
@@ -120,7 +120,7 @@ def cases(context: Context) -> Iterable[Case]:
                     inputs=partial(inputs, clips, grid, dtype),
                     providers={
                         "sora_kernels": provider(run_ours, mode),
-                        "plain": provider(partial(run_plain, dense_block), mode),
+                        "plain": provider(partial(run_plain, dense_block, "turns"), mode),
                         "compile": compiled(mode),
                     },
                 )
