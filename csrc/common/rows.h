@@ -38,6 +38,13 @@ struct RowMap {
   int64_t tokens_per_row = 1;
 };
 
+// The gradient [R, D] of a modulation, and the partial sums it is made from; see grouped_sum.h.
+struct RowGrad {
+  void* result = nullptr;  // null: not wanted
+  DType type = DType::f32;
+  float* partial = nullptr;  // [blocks, 2, D]; null if every row is one token
+};
+
 static inline int64_t row_of(const RowMap& map, int64_t token) {
   return map.index ? map.index[token] : token / map.tokens_per_row;
 }
