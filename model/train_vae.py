@@ -16,9 +16,11 @@ import argparse
 import json
 import math
 import os
+import pickle
+import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import VAES, WORLDS, VAEConfig, WorldConfig
+from model.config import VAES, WORLDS, VAEConfig, WorldConfig, from_dict, to_dict
 from model.optim import Muon
 from model.vae import VideoVAE, load_vae, save_vae
 from model.world import render, sample_scene
@@ -123,14 +125,17 @@ class Run:
         return warm * peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
     def freeze_encoder(self) -> None:
-        """Stage 1 -> 2: keep the averaged weights, measure the latent scale, restart the decoder."""
+        """Stage 1 -> 2: keep the averaged weights, measure the scale, restart the decoder."""
         self.vae.load_state_dict(self.average.state_dict())
-        self.vae.encoder.requires_grad_(False)
+        self._train_decoder_only()
         with torch.no_grad():
             clips = [batch_of(replace(self.config, seed=9), self.world, i) for i in range(48)]
             squares = torch.stack([self.vae.encoder(clip).square().mean() for clip in clips])
         for vae in (self.vae, self.average):
             vae.scale.fill_(float(squares.mean().rsqrt()))
+
+    def _train_decoder_only(self) -> None:
+        self.vae.encoder.requires_grad_(False)
         self.optimisers = optimisers(self.config, self.vae.decoder)
 
     def train_step(self) -> dict[str, float]:
@@ -168,27 +173,43 @@ class Run:
         torch._foreach_lerp_(mean, now, 1 - decay)
 
     def save(self, path: Path) -> None:
+        """Everything a resumed run needs, beside then renamed."""
         state = {
-            "config": asdict(self.config), "model": asdict(self.vae.config), "step": self.step,
+            "config": asdict(self.config), "model": to_dict(self.vae.config),
+            "world": to_dict(self.world), "step": self.step,
             "vae": self.vae.state_dict(), "average": self.average.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "curve": self.curve, "seconds": self.seconds,
         }  # fmt: skip
-        torch.save(state, f"{path}.part")
-        os.replace(f"{path}.part", path)
+        part = Path(f"{path}.part")
+        try:
+            torch.save(state, part)
+            os.replace(part, path)
+        except RuntimeError as error:  # how torch.save reports a full disk
+            raise OSError(f"{path}: cannot be written ({error})") from error
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: Path, world: WorldConfig) -> Run:
-        state = torch.load(path, weights_only=True)
-        run = cls(TrainConfig(**state["config"]), VAEConfig(**state["model"]), world)
-        run.step = state["step"]
-        if run.step >= run.boundary:
-            run.freeze_encoder()
-        run.vae.load_state_dict(state["vae"])
-        run.average.load_state_dict(state["average"])
-        for optimiser, saved in zip(run.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        run.curve, run.seconds = state["curve"], state["seconds"]
+    def load(cls, path: Path) -> Run:
+        """The run that :meth:`save` wrote, to the same bits."""
+        try:
+            state = torch.load(path, weights_only=True)
+            run = cls(
+                TrainConfig(**state["config"]),
+                from_dict(VAEConfig, state["model"]),
+                from_dict(WorldConfig, state["world"]),
+            )
+            run.step = state["step"]
+            if run.step >= run.boundary:
+                run._train_decoder_only()
+            run.vae.load_state_dict(state["vae"])
+            run.average.load_state_dict(state["average"])
+            for optimiser, saved in zip(run.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(saved)
+            run.curve, run.seconds = state["curve"], state["seconds"]
+        except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: not a state of this trainer ({error})") from error
         return run
 
     def finished(self) -> VideoVAE:
@@ -212,9 +233,8 @@ def write_curve(run: Run, folder: Path, command: str) -> None:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axis = figure.add_subplot()
     steps = [point["step"] for point in run.curve]
-    axis.plot(
-        steps, [10 * math.log10(4 / point["mse"]) for point in run.curve], lw=1, label="train"
-    )
+    decibels = [10 * math.log10(MAX_SIGNAL**2 / point["mse"]) for point in run.curve]
+    axis.plot(steps, decibels, lw=1, label="train")
     checked = [point for point in run.curve if "psnr" in point]
     axis.plot(
         [point["step"] for point in checked], [point["psnr"] for point in checked], "o-", ms=3,
@@ -249,54 +269,59 @@ def progress(quiet: bool, total: int, start: int) -> Iterator[Any]:
         yield lambda step, text: bar.update(task, completed=step, text=text)
 
 
-def train(
-    run: Run, folder: Path, command: str, quiet: bool = False, until: int | None = None
-) -> None:
-    """Train to the end (or to step ``until``), writing the state and the checkpoints."""
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yields asked(): Ctrl-C only sets it, so that a step is never cut in half."""
+    asked = False
+
+    def remember(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(run: Run, folder: Path, command: str, quiet: bool = False) -> None:
+    """Train to the end, writing the state and the checkpoints; Ctrl-C saves, then raises."""
     clips = validation(run.world)
-    last = run.config.steps if until is None else min(until, run.config.steps)
     window: list[dict[str, float]] = []
-    with progress(quiet, run.config.steps, run.step) as update:
-        try:
-            while run.step < last:
-                began = time.monotonic()
-                window.append(run.train_step())
-                run.seconds += time.monotonic() - began
-                if run.step % 50 == 0:
-                    mean = {
-                        key: sum(item[key] for item in window) / len(window) for key in window[0]
-                    }
-                    window.clear()
-                    run.curve.append({"step": run.step, "seconds": round(run.seconds, 1), **mean})
-                    update(run.step, f"train {10 * math.log10(4 / mean['mse']):.2f} dB")
-                if run.step == run.boundary:
-                    run.freeze_encoder()
-                    vae = run.finished()
-                    save_vae(vae, folder, "vae_stage1")
-                    print(
-                        f"stage 1 done after {run.seconds / 60:.1f} min: encoder frozen, "
-                        f"{psnr(vae, clips):.2f} dB, {folder / 'vae_stage1.safetensors'}",
-                        flush=True,
-                    )
-                if run.step % run.config.save_every == 0 or run.step == run.boundary:
-                    if run.curve:
-                        run.curve[-1]["psnr"] = round(psnr(run.average, clips), 3)
-                        print(json.dumps(run.curve[-1]), flush=True)
-                    run.save(folder / "vae_state.pt")
-        except KeyboardInterrupt:
-            run.save(folder / "vae_state.pt")
-            raise
+    with progress(quiet, run.config.steps, run.step) as update, interruptible() as asked:
+        while run.step < run.config.steps and not asked():
+            began = time.monotonic()
+            window.append(run.train_step())
+            run.seconds += time.monotonic() - began
+            if run.step % 50 == 0:
+                mean = {key: sum(item[key] for item in window) / len(window) for key in window[0]}
+                window.clear()
+                run.curve.append({"step": run.step, "seconds": round(run.seconds, 1), **mean})
+                update(run.step, f"train {10 * math.log10(MAX_SIGNAL**2 / mean['mse']):.2f} dB")
+            if run.step == run.boundary:
+                run.freeze_encoder()
+                _report("stage 1 done, encoder frozen", run, folder, "vae_stage1", clips)
+            if run.step % run.config.save_every == 0 or run.step == run.boundary:
+                if run.curve:
+                    run.curve[-1]["psnr"] = round(psnr(run.average, clips), 3)
+                    print(json.dumps(run.curve[-1]), flush=True)
+                run.save(folder / "vae_state.pt")
     run.save(folder / "vae_state.pt")
-    if run.step >= run.config.steps:
-        save_vae(run.finished(), folder, "vae")
-        final = psnr(load_vae(folder), clips)
-        if run.curve:
-            run.curve[-1]["psnr"] = round(final, 3)
-        write_curve(run, folder, command)
-        print(
-            f"done after {run.seconds / 60:.1f} min: {final:.2f} dB, {folder / 'vae.safetensors'}",
-            flush=True,
-        )
+    if run.step < run.config.steps:
+        raise KeyboardInterrupt
+    final = _report("done", run, folder, "vae", clips)
+    if run.curve:
+        run.curve[-1]["psnr"] = round(final, 3)
+    write_curve(run, folder, command)
+
+
+def _report(what: str, run: Run, folder: Path, name: str, clips: list[Tensor]) -> float:
+    """Write a checkpoint, read it back, and print its PSNR."""
+    path = save_vae(run.finished(), folder, name)
+    quality = psnr(load_vae(folder, name), clips)
+    print(f"{what} after {run.seconds / 60:.1f} min: {quality:.2f} dB, {path}", flush=True)
+    return quality
 
 
 def steps_for(minutes: float, run: Run, probe: int = 40) -> int:
@@ -318,9 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--world", default="vae", choices=sorted(WORLDS))
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int)
-    length.add_argument(
-        "--minutes", type=float, help="choose the steps so that they take this long"
-    )
+    length.add_argument("--minutes", type=float, help="choose the steps that take this long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", action="store_true")
@@ -332,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.resume:
             if not state.is_file():
                 raise ValueError(f"--resume: {state} does not exist")
-            run = Run.load(state, world)
+            run = Run.load(state)
         else:
             config = TrainConfig(seed=options.seed)
             if options.steps is not None:

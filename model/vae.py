@@ -31,7 +31,7 @@ Cache = dict[nn.Module, Tensor]
 
 
 def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """(t, h, w) of the latent of a [T, H, W] video, after the padding of :meth:`VideoVAE.encode`."""
+    """(t, h, w) of the latent of a [T, H, W] video, padded as :meth:`VideoVAE.encode` does."""
     return (
         1 + -(-(frames - 1) // TIME_STRIDE),
         -(-height // SPACE_STRIDE),
