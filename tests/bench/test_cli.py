@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import registry
 from benchmarks.__main__ import main
+from benchmarks.pinned import PINNED, pin
 from benchmarks.registry import Case, Context, Unavailable, op_cases
 from benchmarks.runner import relative_error
 from sora_kernels.bench import read_report, write_report
@@ -181,3 +182,36 @@ def test_relative_error_sees_nan_shape_and_number() -> None:
     bad[0] = float("nan")
     assert not relative_error(bad, x) <= 1e9  # nan compares false
     assert not relative_error((x, bad, x), (x, x, x)) <= 1e9
+
+
+def test_ctrl_c_writes_nothing(
+    toy: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.pytest_cpu.run_case", interrupted)
+    path = tmp_path / "f.json"
+    options = ["--only", "toy", "--device", "cpu", "--quiet", "--json", str(path)]
+    assert main([*options, "--threads", str(torch.get_num_threads())]) == 130
+    assert capsys.readouterr().err == "benchmarks: interrupted, nothing written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_is_pinned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(
+        "os.execve", lambda path, arguments, env: calls.append((arguments, dict(env)))
+    )
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    pin(["--quick", "--only", "toy"])
+    ((arguments, env),) = calls
+    assert arguments[1:] == ["-m", "benchmarks", "--quick", "--only", "toy"]
+    assert PINNED.items() <= env.items()
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    pin(["--quick"])
+    assert len(calls) == 1
