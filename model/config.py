@@ -206,5 +206,5 @@ class TrainConfig:
 
 
 TRAININGS: dict[str, TrainConfig] = {
-    "tiny": TrainConfig("tiny", "tiny", clips=16384, tokens=2048, steps=3000),
+    "tiny": TrainConfig("tiny", "tiny", clips=16384, tokens=1536, steps=3200, muon=0.02),
 }

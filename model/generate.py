@@ -152,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.size not in (None, inside):
             raise ValueError(f"--size: expected the size of --image, {inside}, got {args.size}")
         args.size = inside
-    size = Size(*(args.size or (32, 32)), args.frames)
+    width, height = args.size or (32, 32)
+    size = Size(width, height, args.frames)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     stack = load_stack(args.checkpoint, device)
     stack.words.encode(args.prompt, stack.dit.config.max_words)
