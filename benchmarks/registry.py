@@ -138,7 +138,7 @@ def op_cases(
     flops: Mapping[str, int],
     grads: Sequence[str] = (),
     peers: Mapping[str, Callable[..., object]] | None = None,
-    compile: bool = True,
+    compile: Callable[..., object] | bool = True,
     tolerance: float | None = None,
 ) -> list[Case]:
     """The forward and backward cases of one op at one shape.
@@ -146,7 +146,9 @@ def op_cases(
     Args:
         inputs: ``device -> {argument name: tensor or object}``; random data, never zeros.
         ours, plain: called as ``f(**inputs)``; return a tensor or a tuple of tensors in the same
-            order. ``plain`` is the idiomatic eager PyTorch, and what ``compile`` compiles.
+            order. ``plain`` is the idiomatic eager PyTorch, in its fastest form.
+        compile: what ``torch.compile`` gets: ``plain`` (True), another form of it that compiles
+            better, or nothing (False).
         bytes, flops: per mode, e.g. ``{"fwd": 2 * n, "bwd": 3 * n}``; its keys are the modes.
         grads: names of the inputs that the backward differentiates.
         peers: further providers by name, called like ``plain``; one that cannot run here raises
@@ -154,7 +156,7 @@ def op_cases(
     """
     functions: dict[str, Callable[..., object]] = {"sora_kernels": ours, "plain": plain}
     if compile:
-        functions["compile"] = plain
+        functions["compile"] = compile if callable(compile) else plain
     functions.update(peers or {})
 
     def providers(mode: str) -> dict[str, Provider]:
