@@ -99,16 +99,20 @@ def packed_attention(
         seqlens_k = host_lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0]) if cross else seqlens
         out, lse = packed_attention_reference(q, k, v, seqlens, seqlens_k, scale, causal)
         return (out, lse) if return_lse else out
-    wants_grad = torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad
-    )
+    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     works: tuple[Tensor | None, ...] = (None, None, None)
     if chosen == "triton":
         works = _works(q, k, cu_seqlens, cu_seqlens_k if cross else None, layout, wants_grad)
     statics = (max_seqlen, max_seqlen_k, scale, causal)
     if wants_grad:
+        # torch.compile refuses one tensor in two places of a Function: what repeats becomes None.
+        if torch.compiler.is_compiling():
+            k = k.view_as(k) if k is q else k
+            v = v.view_as(v) if v is k or v is q else v
+        distinct = [None if w is works[0] else w for w in works[1:]]
+        cu_k = cu_seqlens_k if cross else None
         out, lse = _PackedAttention.apply(
-            chosen, q, k, v, cu_seqlens, cu_seqlens_k, *works, *statics
+            chosen, q, k, v, cu_seqlens, cu_k, works[0], *distinct, *statics
         )
     else:
         out, lse = _forward(chosen)(q, k, v, cu_seqlens, cu_seqlens_k, works[0], *statics)
@@ -220,13 +224,17 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, chosen: str, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor,
+        ctx: Any, chosen: str, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None,
         work: Tensor | None, work_dq: Tensor | None, work_dkv: Tensor | None, *statics: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """A missing cu_k is cu_q, a missing work_dq or work_dkv is work."""
+        cu_k = cu_q if cu_k is None else cu_k
         out, lse = _forward(chosen)(q, k, v, cu_q, cu_k, work, *statics)
         ctx.chosen = chosen
         ctx.statics = statics
         ctx.set_materialize_grads(False)
+        work_dq = work if work_dq is None else work_dq
+        work_dkv = work if work_dkv is None else work_dkv
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, work_dq, work_dkv)
         return out, lse
 

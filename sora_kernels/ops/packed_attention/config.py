@@ -54,9 +54,7 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 INTERPRETER = Launch(32, 32, 1, 1, group=1)
 
 
-def choose_config(
-    head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None
-) -> Config:
+def choose_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Config:
     """The launches for a chip; `capability=None` is the interpreter."""
     dim1, dim2 = split_head_dim(head_dim)
     if capability is None:
@@ -67,15 +65,13 @@ def choose_config(
     major = capability[0]
     wide = dim1 + dim2
     if wide > 128:
-        return Config(
-            Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), dim1, dim2
-        )
+        return Config(Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), dim1, dim2)
     if major in (9, 10):
         fwd = Launch(128, 128, 8, 2 if wide > 64 else 3)
         dq = Launch(128, 64, 8, 2)
-        dkv = Launch(64, 64, 8, 2)
+        dkv = Launch(32 if wide > 64 else 64, 128, 8, 2)
     else:
         fwd = Launch(128, 64, 8, 2)
-        dq = Launch(64, 64, 8, 1)
-        dkv = Launch(64, 64, 8, 1)
+        dq = Launch(64, 64, 8, 2)
+        dkv = Launch(32 if dim2 else 64, 64, 8, 2)
     return Config(fwd, dq, dkv, dim1, dim2)

@@ -6,18 +6,17 @@ Blocks start at the segment's first token, so a segment computes the same bits i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import backend
 from .config import Config
 
-if backend.interpreting():
-    from ..._interpreter import repair
-
-    repair()
+if TYPE_CHECKING:
+    from ...aot import AotCase
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -139,6 +138,8 @@ def _packed_attention_fwd_kernel(
     len_q = tl.load(cu_q_ptr + segment + 1) - begin_q
     len_k = tl.load(cu_k_ptr + segment + 1) - begin_k
     start_m = block * BLOCK_M
+    if start_m >= len_q:
+        return
     first = (begin_q + start_m).to(tl.int64)  # of this block in the pack
     head_k = (head // group_size).to(tl.int64)
     o_m = tl.arange(0, BLOCK_M)
@@ -159,17 +160,18 @@ def _packed_attention_fwd_kernel(
     v_base = v_ptr + begin_k.to(tl.int64) * stride_vn + head_k * stride_vh
     limit = tl.where(causal != 0, len_k - len_q, len_k)
     end = tl.maximum(tl.minimum(len_k, start_m + BLOCK_M + limit), 0)
-    # Blocks that every row of this block sees entirely need no mask.
+    # Blocks that every row sees entirely need no mask. The others come first and in halves: their
+    # bounds then do not stay in registers through the long loop (128 x 128 spilled otherwise).
     full = tl.maximum(tl.minimum(len_k, start_m + limit + 1), 0) // BLOCK_N * BLOCK_N
     rows = start_m + o_m
     scale_log2 = scale * LOG2E
     acc1, acc2, m_i, l_i = _attend(
-        q1, q2, acc1, acc2, m_i, l_i, k_base, v_base, stride_kn, stride_vn, rows, 0, full, len_k,
-        limit, scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
+        q1, q2, acc1, acc2, m_i, l_i, k_base, v_base, stride_kn, stride_vn, rows, full, end, len_k,
+        limit, scale_log2, D, D1, D2, BLOCK_N // 2, True, UPCAST,
     )  # fmt: skip
     acc1, acc2, m_i, l_i = _attend(
-        q1, q2, acc1, acc2, m_i, l_i, k_base, v_base, stride_kn, stride_vn, rows, full, end, len_k,
-        limit, scale_log2, D, D1, D2, BLOCK_N, True, UPCAST,
+        q1, q2, acc1, acc2, m_i, l_i, k_base, v_base, stride_kn, stride_vn, rows, 0, full, len_k,
+        limit, scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
     )  # fmt: skip
 
     blind = l_i == 0.0
@@ -213,3 +215,10 @@ def forward(
         num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
+
+
+def aot_cases() -> list[AotCase]:
+    """What `sora_kernels.aot` compiles: forward and backward at the launches of every chip."""
+    from . import aot_cases as listing
+
+    return listing.aot_cases()

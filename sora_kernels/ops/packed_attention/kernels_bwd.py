@@ -100,6 +100,8 @@ def _packed_attention_bwd_kernel_dq(
     len_q = tl.load(cu_q_ptr + segment + 1) - begin_q
     len_k = tl.load(cu_k_ptr + segment + 1) - begin_k
     start_m = block * BLOCK_M
+    if start_m >= len_q:
+        return
     first = (begin_q + start_m).to(tl.int64)
     head_q = head.to(tl.int64)
     head_k = (head // group_size).to(tl.int64)
@@ -117,9 +119,7 @@ def _packed_attention_bwd_kernel_dq(
         do2 = _load_tile(do_base, o_m, left_q, stride_on, D1, D2, D, True)
         dq2 = tl.zeros([BLOCK_M, D2], tl.float32)
     lse = _load_lse(lse_ptr + head_q * num_tokens + first, o_m, left_q)
-    delta = tl.load(
-        delta_ptr + head_q * num_tokens + first + o_m, mask=o_m < left_q, other=0.0
-    )
+    delta = tl.load(delta_ptr + head_q * num_tokens + first + o_m, mask=o_m < left_q, other=0.0)
 
     k_base = k_ptr + begin_k.to(tl.int64) * stride_kn + head_k * stride_kh
     v_base = v_ptr + begin_k.to(tl.int64) * stride_vn + head_k * stride_vh
@@ -154,8 +154,10 @@ def _gather_dkv(
     The first `blocks_low` of them start at row `begin_low`, the others at row `begin`.
     """
     o_m = tl.arange(0, BLOCK_M)
-    for i in range(0, blocks):
-        start = tl.where(i < blocks_low, begin_low + i * BLOCK_M, begin + (i - blocks_low) * BLOCK_M)
+    for i in range(blocks):
+        start = tl.where(
+            i < blocks_low, begin_low + i * BLOCK_M, begin + (i - blocks_low) * BLOCK_M
+        )
         q_block = q_base + start.to(tl.int64) * stride_qn
         do_block = do_base + start.to(tl.int64) * stride_on
         left = len_q - start
@@ -192,13 +194,13 @@ def _gather_dkv(
 @triton.jit(do_not_specialize=["num_tokens", "num_work", "group_size", "causal"])
 def _packed_attention_bwd_kernel_dkv(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, work_ptr, cu_q_ptr,
-    cu_k_ptr, num_tokens, num_work, heads_k, group_size, stride_qn, stride_qh, stride_kn,
+    cu_k_ptr, num_tokens, num_work, heads, group_size, stride_qn, stride_qh, stride_kn,
     stride_kh, stride_vn, stride_vh, stride_on, stride_oh, scale, causal,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dv = p^T dout and dk = scale * ds^T q for one block of key rows, over its group of heads."""
-    head_k, segment, block = _locate(work_ptr, num_work, heads_k, GROUP)
+    """dv = p^T dout and dk = scale * ds^T q for one block of key rows and one head of queries."""
+    head, segment, block = _locate(work_ptr, num_work, heads, GROUP)
     if segment < 0:
         return
     begin_q = tl.load(cu_q_ptr + segment)
@@ -206,12 +208,15 @@ def _packed_attention_bwd_kernel_dkv(
     len_q = tl.load(cu_q_ptr + segment + 1) - begin_q
     len_k = tl.load(cu_k_ptr + segment + 1) - begin_k
     start_n = block * BLOCK_N
+    if start_n >= len_k:
+        return
     first = (begin_k + start_n).to(tl.int64)
     o_n = tl.arange(0, BLOCK_N)
     left_k = len_k - start_n
 
-    k_base = k_ptr + first * stride_kn + head_k.to(tl.int64) * stride_kh
-    v_base = v_ptr + first * stride_vn + head_k.to(tl.int64) * stride_vh
+    head_k = (head // group_size).to(tl.int64)
+    k_base = k_ptr + first * stride_kn + head_k * stride_kh
+    v_base = v_ptr + first * stride_vn + head_k * stride_vh
     k1 = _load_tile(k_base, o_n, left_k, stride_kn, 0, D1, D, True)  # [BLOCK_N, D1]
     v1 = _load_tile(v_base, o_n, left_k, stride_vn, 0, D1, D, True)
     dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
@@ -234,29 +239,28 @@ def _packed_attention_bwd_kernel_dkv(
     blocks_masked = blocks_low + tl.cdiv(len_q - whole, BLOCK_M)
     columns = start_n + o_n
     scale_log2 = scale * LOG2E
-    for g in range(0, group_size):
-        head_q = (head_k * group_size + g).to(tl.int64)
-        q_base = q_ptr + begin_q.to(tl.int64) * stride_qn + head_q * stride_qh
-        do_base = dout_ptr + begin_q.to(tl.int64) * stride_on + head_q * stride_oh
-        lse_base = lse_ptr + head_q * num_tokens + begin_q
-        delta_base = delta_ptr + head_q * num_tokens + begin_q
-        dk1, dk2, dv1, dv2 = _gather_dkv(
-            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base, do_base, lse_base, delta_base, stride_qn,
-            stride_on, columns, 0, 0, (whole - diagonal) // BLOCK_M, diagonal, len_q, limit,
-            scale_log2, D, D1, D2, BLOCK_M, False, UPCAST,
-        )  # fmt: skip
-        dk1, dk2, dv1, dv2 = _gather_dkv(
-            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base, do_base, lse_base, delta_base, stride_qn,
-            stride_on, columns, blocks_low, low, blocks_masked, whole, len_q, limit,
-            scale_log2, D, D1, D2, BLOCK_M, True, UPCAST,
-        )  # fmt: skip
-    dk_base = dk_ptr + (first * heads_k + head_k) * D
-    dv_base = dv_ptr + (first * heads_k + head_k) * D
-    _store_tile(dk_base, dk1 * scale, o_n, left_k, heads_k * D, 0, D1, D)
-    _store_tile(dv_base, dv1, o_n, left_k, heads_k * D, 0, D1, D)
+    head_q = head.to(tl.int64)
+    q_base = q_ptr + begin_q.to(tl.int64) * stride_qn + head_q * stride_qh
+    do_base = dout_ptr + begin_q.to(tl.int64) * stride_on + head_q * stride_oh
+    lse_base = lse_ptr + head_q * num_tokens + begin_q
+    delta_base = delta_ptr + head_q * num_tokens + begin_q
+    dk1, dk2, dv1, dv2 = _gather_dkv(
+        k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base, do_base, lse_base, delta_base, stride_qn,
+        stride_on, columns, 0, 0, (whole - diagonal) // BLOCK_M, diagonal, len_q, limit,
+        scale_log2, D, D1, D2, BLOCK_M, False, UPCAST,
+    )  # fmt: skip
+    dk1, dk2, dv1, dv2 = _gather_dkv(
+        k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base, do_base, lse_base, delta_base, stride_qn,
+        stride_on, columns, blocks_low, low, blocks_masked, whole, len_q, limit,
+        scale_log2, D, D1, D2, BLOCK_M, True, UPCAST,
+    )  # fmt: skip
+    dk_base = dk_ptr + (first * heads + head) * D
+    dv_base = dv_ptr + (first * heads + head) * D
+    _store_tile(dk_base, dk1 * scale, o_n, left_k, heads * D, 0, D1, D)
+    _store_tile(dv_base, dv1, o_n, left_k, heads * D, 0, D1, D)
     if D2 > 0:
-        _store_tile(dk_base, dk2 * scale, o_n, left_k, heads_k * D, D1, D2, D)
-        _store_tile(dv_base, dv2, o_n, left_k, heads_k * D, D1, D2, D)
+        _store_tile(dk_base, dk2 * scale, o_n, left_k, heads * D, D1, D2, D)
+        _store_tile(dv_base, dv2, o_n, left_k, heads * D, D1, D2, D)
 
 
 def backward(
@@ -268,10 +272,11 @@ def backward(
     num_tokens, heads, head_dim = q.shape
     heads_k = k.shape[1]
     dq = q.new_empty(q.shape if need_dq else (0,))
-    dk = k.new_empty(k.shape if need_dkv else (0,))
-    dv = v.new_empty(v.shape if need_dkv else (0,))
-    if heads == 0:
-        return dq, dk, dv
+    # Grouped heads: each query head writes its own fp32 share, and the shares are summed in order.
+    group = heads // heads_k
+    share = {"dtype": torch.float32 if group > 1 else k.dtype}
+    dk = k.new_empty((k.shape[0], heads, head_dim) if need_dkv else (0,), **share)
+    dv = v.new_empty((k.shape[0], heads, head_dim) if need_dkv else (0,), **share)
     if dout.stride(-1) != 1:  # an expanded gradient; the kernels read rows
         dout = dout.contiguous()
     delta = q.new_empty((heads, num_tokens), dtype=torch.float32)
@@ -289,9 +294,9 @@ def backward(
     dims = {"D": head_dim, "D1": config.dim1, "D2": config.dim2, "UPCAST": upcast(q)}
     if need_dkv and k.shape[0]:
         launch = config.dkv
-        _packed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads_k, launch.group)](
+        _packed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_q, cu_k,
-            num_tokens, work_dkv.shape[0], heads_k, heads // heads_k, *strides, scale, int(causal),
+            num_tokens, work_dkv.shape[0], heads, group, *strides, scale, int(causal),
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
@@ -299,8 +304,10 @@ def backward(
         launch = config.dq
         _packed_attention_bwd_kernel_dq[grid(work_dq.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dq, work_dq, cu_q, cu_k,
-            num_tokens, work_dq.shape[0], heads, heads // heads_k, *strides, scale, int(causal),
+            num_tokens, work_dq.shape[0], heads, group, *strides, scale, int(causal),
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
+    if need_dkv and group > 1:
+        dk, dv = (x.unflatten(1, (heads_k, group)).sum(2).to(k.dtype) for x in (dk, dv))
     return dq, dk, dv

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def work_list(cu_seqlens: Tensor, num_tokens: int, block: int, cost: Tensor | None = None) -> Tensor:
+def work_list(
+    cu_seqlens: Tensor, num_tokens: int, block: int, cost: Tensor | None = None
+) -> Tensor:
     """int32 `[num_tokens // block + S, 2]` of (segment, block), built on the device.
 
     Vectorised and without a sync: the number of rows is a bound, spare rows hold segment -1.
