@@ -120,6 +120,11 @@ def test_tile_order_moves_tokens_and_keeps_their_coordinates(segments):
     assert sorted(places.tolist()) == list(range(tiled.num_tokens))
     assert torch.equal(tiled.coordinates(), raster.coordinates()[places])
     assert torch.equal(tiled.part_of_token, raster.part_of_token[places])
+    grids = raster.coordinates()[raster.grid_tokens]
+    moved = tiled.coordinates()[tiled.grid_tokens]
+    assert raster.grid_order is None
+    assert torch.equal(grids[tiled.grid_order], moved)
+    assert torch.equal(moved[tiled.grid_order_inverse], grids)
     for a, b in zip(tiled.rope((2, 4, 6)).dense(), raster.rope((2, 4, 6)).dense(), strict=True):
         assert torch.equal(a, b[places])
 
@@ -336,6 +341,8 @@ def test_copy_replaces_the_pack_in_place():
         "grid_tokens",
         "text_tokens",
         "raster_of_token",
+        "grid_order",
+        "grid_order_inverse",
     ):
         assert torch.equal(getattr(layout, name), getattr(other, name)), name
     assert torch.equal(layout.segment_rows.index, other.segment_rows.index)

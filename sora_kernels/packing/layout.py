@@ -25,6 +25,8 @@ from .rope import (
 from .shard import LayoutShard
 
 _MAX_TOKENS = 2**31 - 1
+# Tensors as long as the pack has tokens of one kind; padded to N within a capacity's buffer.
+_OF_KIND = {"grid_tokens", "text_tokens", "grid_order", "grid_order_inverse"}
 
 
 class PackedLayout:
@@ -54,6 +56,8 @@ class PackedLayout:
         raster_of_token: int64 `[N]`, the place each token would have in raster order; None if the
             layout is in raster order. `raster.index_select(0, raster_of_token)` puts tokens into
             tile order and `raster.index_copy_(0, raster_of_token, tiles)` brings them back.
+        grid_order: int64 `[Ng]`, the same among grid tokens alone: what `patchify` needs, with its
+            inverse `grid_order_inverse`. None in raster order.
         counts: int32 `[3]`: tokens, segments and parts without padding.
         segment_rows, part_rows: `RowMap`, one modulation row per segment or per part.
 
@@ -114,7 +118,7 @@ class PackedLayout:
         target = torch.device(device) if device is not None else torch.get_default_device()
         arrays = host.arrays()
         if capacity is not None:
-            for name in ("grid_tokens", "text_tokens"):
+            for name in _OF_KIND & arrays.keys():
                 arrays[name] = np.pad(arrays[name], (0, self.num_tokens - arrays[name].size))
         self._buffer, self._sections = arena.pack(arrays, pin=target.type == "cuda")
         self._upload(target)
@@ -159,6 +163,8 @@ class PackedLayout:
     def _upload(self, device: torch.device) -> None:
         """Puts every tensor on `device` and starts empty caches."""
         host = self._host
+        if device.type == "cuda" and not self._buffer.is_pinned():
+            self._buffer = self._buffer.pin_memory()
         buffer = self._buffer.to(device, non_blocking=True)
         if self.capacity is not None and buffer is self._buffer:
             buffer = buffer.clone()  # copy_ writes into it
@@ -172,7 +178,7 @@ class PackedLayout:
         self.segment_of_token = tensors["segment_of_token"]
         self.part_of_token = tensors["part_of_token"]
         self.raster_of_token = tensors.get("raster_of_token")
-        self._grid_tokens, self._text_tokens = tensors["grid_tokens"], tensors["text_tokens"]
+        self._of_kind = {name: tensors[name] for name in _OF_KIND & tensors.keys()}
         self._cut_kinds()
         self.segment_rows = RowMap(
             host.num_tokens, self.num_segments, 0, self.segment_of_token, None, self.cu_seqlens
@@ -190,11 +196,17 @@ class PackedLayout:
         grid = sum(part.num_tokens for part in host.parts if isinstance(part, Grid))
         self.num_grid_tokens = grid
         self.num_text_tokens = host.num_real_tokens - grid
-        self.grid_tokens = self._grid_tokens
-        self.text_tokens = self._text_tokens
-        if self.capacity is not None:
-            self.grid_tokens = self._grid_tokens[:grid]
-            self.text_tokens = self._text_tokens[: self.num_text_tokens]
+        self.text_tokens = self._of_kind["text_tokens"]
+        self.grid_tokens = self._of_kind["grid_tokens"]
+        self.grid_order = self._of_kind.get("grid_order")
+        self.grid_order_inverse = self._of_kind.get("grid_order_inverse")
+        if self.capacity is None:
+            return
+        self.text_tokens = self.text_tokens[: self.num_text_tokens]
+        self.grid_tokens = self.grid_tokens[:grid]
+        if self.grid_order is not None and self.grid_order_inverse is not None:
+            self.grid_order = self.grid_order[:grid]
+            self.grid_order_inverse = self.grid_order_inverse[:grid]
 
     @property
     def block_efficiency(self) -> float:

@@ -123,10 +123,11 @@ def tile_order(grid: Triple, tile: Triple) -> npt.NDArray[np.int32]:
         extents.append((start, np.minimum(size, n - start), x - start))
     (t0, ta, dt), (h0, tb, dh), (w0, tc, dw) = extents
     _, h, w = grid
-    t_row = (t0 * h * w)[:, None, None]
-    ta, dt = ta[:, None, None], dt[:, None, None]
-    h0, tb, dh = h0[:, None], tb[:, None], dh[:, None]
-    place = t_row + ta * (h0 * w) + (ta * tb) * w0 + (dt * tb + dh) * tc + dw
+    along_t, along_h = np.s_[:, None, None], np.s_[:, None]
+    row = (t0 * h * w)[along_t] + ta[along_t] * (h0 * w)[along_h]
+    column = ta[along_t] * tb[along_h] * w0
+    inside = (dt[along_t] * tb[along_h] + dh[along_h]) * tc + dw
+    place = row + column + inside
     order = np.empty(place.size, np.int32)
     order[place.ravel()] = np.arange(place.size, dtype=np.int32)
     order.flags.writeable = False
