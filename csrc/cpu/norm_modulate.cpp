@@ -78,9 +78,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t width = a.width;
   const int64_t blocks = (a.tokens + kNormModulateBlock - 1) / kNormModulateBlock;
 
-  Tensor none = empty(x, {0}, ScalarType::Float);
-  Tensor dx = none, dweight = none, dbias = none;
-  Tensor dshift[kMaxOutputs] = {none, none}, dscale[kMaxOutputs] = {none, none};
+  auto none = [&] { return empty(x, {0}, ScalarType::Float); };  // outputs must not alias
+  Tensor dx = none(), dweight = none(), dbias = none();
+  Tensor dshift[kMaxOutputs] = {none(), none()}, dscale[kMaxOutputs] = {none(), none()};
   std::vector<Tensor> partials;
   auto partial = [&](std::vector<int64_t> shape) {
     partials.push_back(empty(x, shape, ScalarType::Float));

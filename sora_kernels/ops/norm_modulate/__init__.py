@@ -101,12 +101,12 @@ def norm_modulate(
     )
     chosen = _choose(x)
     if chosen == "reference":
-        y, y2 = _reference(x, tensors, options)
+        outputs = _reference(x, tensors, options)
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        y, y2 = _NormModulate.apply(as_tokens(x), chosen, options, *tensors)
+        outputs = _NormModulate.apply(as_tokens(x), chosen, options, *tensors)
     else:
-        y, y2, _, _ = _forward(chosen, as_tokens(x), tensors, options)
-    return (y.view(x.shape), y2.view(x.shape)) if two else y.view(x.shape)
+        outputs = _forward(chosen, as_tokens(x), tensors, options)
+    return (outputs[0].view(x.shape), outputs[1].view(x.shape)) if two else outputs[0].view(x.shape)
 
 
 def _choose(x: Tensor) -> str:
@@ -146,16 +146,16 @@ class _NormModulate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, chosen: str, options: tuple[Any, ...], *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, ...]:
         y, y2, mean, rstd = _forward(chosen, x, tensors, options)
         rows = options[0]
         ctx.save_for_backward(x, mean, rstd, *tensors, rows.index, rows.order, rows.offsets)
         ctx.chosen, ctx.options = chosen, options
-        return y, y2 if y2.numel() else None
+        return (y, y2) if y2.numel() else (y,)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dy2: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, dy2: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, mean, rstd, *rest = ctx.saved_tensors
         tensors, (index, order, offsets) = rest[:8], rest[8:]
         weight, bias, shift, scale, shift_table, scale_table, shift2, scale2 = tensors
@@ -176,10 +176,9 @@ class _NormModulate(torch.autograd.Function):
             run = kernels.backward
         else:
             run = torch.ops.sora_kernels.norm_modulate_bwd
-        two = shift2 is not None or scale2 is not None
         dx, dweight, dbias, dshift, dscale, dshift2, dscale2 = run(
             as_tokens(dy),
-            as_tokens(dy2) if two else None,
+            None if dy2 is None else as_tokens(dy2),
             x,
             mean,
             rstd,
@@ -250,7 +249,7 @@ def _fake_bwd(dy: Tensor, dy2: Tensor | None, x: Tensor, *args: Any) -> tuple[Te
         return x.new_empty(of.shape, dtype=torch.float32 if fp32 else of.dtype)
 
     return (
-        x.new_empty(x.shape) if needs & 1 else x.new_empty(0),
+        x.new_empty(x.shape) if needs & 1 else x.new_empty(0, dtype=torch.float32),
         grad(1, weight, True),
         grad(2, bias, True),
         grad(3, shift, shift_table is not None),

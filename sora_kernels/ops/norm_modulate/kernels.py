@@ -388,7 +388,7 @@ def backward(
     block_d, block_tokens, num_warps = config.backward(tokens, width, sums)
     blocks = triton.cdiv(tokens, block_tokens)
 
-    dx = x.new_empty(x.shape if needs & DX else (0,))
+    dx = x.new_empty(x.shape) if needs & DX else x.new_empty(0, dtype=torch.float32)
     dweight = x.new_empty(blocks if needs & DWEIGHT else 0, width, dtype=torch.float32)
     dbias = x.new_empty(blocks if needs & DBIAS else 0, width, dtype=torch.float32)
     spans = tokens_per_row != 1 and any(g.numel() > 0 for g in modulations)
@@ -445,8 +445,8 @@ def backward(
     # torch.sum over the blocks is deterministic: stage two of the vectors.
     return (
         dx,
-        dweight.sum(0) if needs & DWEIGHT else dweight.flatten(),
-        dbias.sum(0) if needs & DBIAS else dbias.flatten(),
+        dweight.sum(0) if needs & DWEIGHT else dweight.new_empty(0),
+        dbias.sum(0) if needs & DBIAS else dbias.new_empty(0),
         *modulations,
     )
 
