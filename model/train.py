@@ -45,11 +45,13 @@ from model.dit import DiT
 from model.flow import DECILES, loss_by_decile, mean_of_deciles
 from model.optim import Muon
 from model.text import Vocabulary
+from model.vae import VideoVAE, load_vae, save_vae
 from model.world import VOCABULARY
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
 STATE = "train_state.safetensors"
-LOG = "loss.json"
+LOG = "dit_loss.json"
+PLOT = "dit_loss.png"
 LOG_EVERY = 25
 SAVE_EVERY = 250
 
@@ -180,41 +182,50 @@ class Trainer:
 
 
 @dataclass
+class Window:
+    """What a row of the log sums up."""
+
+    losses: list[float] = field(default_factory=list)
+    sums: list[float] = field(default_factory=lambda: [0.0] * DECILES)
+    counts: list[int] = field(default_factory=lambda: [0] * DECILES)
+    tokens: int = 0
+    clips: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
 class Log:
     """The loss curve: mean loss, loss per decile of t, and speed, every few steps."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
-    _losses: list[float] = field(default_factory=list)
-    _sums: list[float] = field(default_factory=lambda: [0.0] * DECILES)
-    _counts: list[int] = field(default_factory=lambda: [0] * DECILES)
-    _tokens: int = 0
-    _clips: int = 0
-    _since: float = 0.0
+    window: Window = field(default_factory=Window)
 
     def add(self, loss: float, per_clip: Tensor, batch: Batch, seconds: float) -> None:
+        """Counts one step."""
+        window = self.window
         sums, counts = loss_by_decile(per_clip, batch.times)
-        self._losses.append(loss)
-        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)]
-        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
-        self._tokens += batch.layout.num_tokens
-        self._clips += batch.layout.num_segments
-        self._since += seconds
+        window.losses.append(loss)
+        window.sums = [a + b for a, b in zip(window.sums, sums, strict=True)]
+        window.counts = [a + b for a, b in zip(window.counts, counts, strict=True)]
+        window.tokens += batch.layout.num_tokens
+        window.clips += batch.layout.num_segments
+        window.seconds += seconds
         self.seconds += seconds
 
     def close_row(self, step: int) -> dict[str, Any]:
         """Ends a row at `step` and returns it."""
-        deciles = mean_of_deciles(self._sums, self._counts)
+        window, self.window = self.window, Window()
+        deciles = mean_of_deciles(window.sums, window.counts)
         row = {
             "step": step,
-            "loss": round(sum(self._losses) / len(self._losses), 5),
+            "loss": round(sum(window.losses) / len(window.losses), 5),
             "loss_by_decile": [None if x is None else round(x, 5) for x in deciles],
-            "clips": self._clips,
-            "tokens_per_second": round(self._tokens / max(self._since, 1e-9)),
+            "clips": window.clips,
+            "tokens_per_second": round(window.tokens / max(window.seconds, 1e-9)),
             "minutes": round(self.seconds / 60, 3),
         }
-        rows = [*self.rows, row]
-        self.__init__(rows, self.seconds)  # type: ignore[misc]
+        self.rows.append(row)
         return row
 
 
@@ -267,7 +278,7 @@ def save(trainer: Trainer, log: Log, out: Path, vocabulary: Vocabulary, command:
     save_dit(out, trainer.averaged(), vocabulary, about)
     write_json(out / LOG, {"command": command, "config": notes["config"], "rows": log.rows})
     if log.rows:
-        plot_log(log.rows, out / "loss.png")
+        plot_log(log.rows, out / PLOT)
 
 
 def restore(trainer: Trainer, path: Path) -> Log:
@@ -327,11 +338,8 @@ def train(
     return trainer.step >= total
 
 
-def prepare(config: TrainConfig, folder: Path, path: Path, quiet: bool) -> LatentCache:
+def prepare(config: TrainConfig, vae: VideoVAE, path: Path, quiet: bool) -> LatentCache:
     """The latent cache in `path`, made first if it is absent or was made from other things."""
-    from model.vae import load_vae
-
-    vae = load_vae(folder)
     digest = hashlib.sha256()
     for _, tensor in sorted(vae.encoder.state_dict().items()):
         digest.update(tensor.numpy().tobytes())
@@ -343,8 +351,10 @@ def prepare(config: TrainConfig, folder: Path, path: Path, quiet: bool) -> Laten
         limit = DITS[config.dit].max_words
         with progress_bar(quiet) as bar, torch.no_grad():
             task = bar.add_task("encoding clips", total=config.clips)
-            cache = build_cache(vae.encode, world, config.clips, config.seed, vocabulary, limit,
-                                lambda done: bar.update(task, completed=done))  # fmt: skip
+            cache = build_cache(
+                vae.encode, world, config.clips, config.seed, vocabulary, limit,
+                lambda done: bar.update(task, completed=done),
+            )  # fmt: skip
         save_cache(path, cache, key)
     return cache
 
@@ -375,7 +385,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.resume and not state.exists():
         raise ValueError(f"--resume: found no {state}")
     vocabulary = Vocabulary(VOCABULARY)
-    cache = prepare(config, args.vae, args.cache or out / "latents.safetensors", args.quiet)
+    vae = load_vae(args.vae)
+    cache = prepare(config, vae, args.cache or out / "latents.safetensors", args.quiet)
+    save_vae(vae, out)  # the folder is then complete for `model.generate`
     torch.manual_seed(config.seed)
     model = DiT(replace(DITS[config.dit], vocabulary=len(vocabulary)))
     trainer = Trainer(model, config, cache)
