@@ -3,85 +3,264 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .reference import patchify_reference, unpatchify_reference
+from ... import backend
+from .reference import patchify_reference, raster_order, unpatchify_reference
 
 if TYPE_CHECKING:
     from ...packing import PackedLayout
 
-__all__ = ["patchify", "patchify_reference", "unpatchify", "unpatchify_reference"]
+__all__ = ["patchify", "unpatchify"]
+
+_OP = "patchify"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def patchify(videos: Sequence[Tensor], layout: PackedLayout) -> Tensor:
-    """Cut videos into spacetime patches, in the token order of the layout.
+    """Cuts videos into spacetime patches, in the token order of the layout.
 
     Args:
-        videos: one `[C, T, H, W]` per grid part of the layout, in packed order; T, H, W must be
-            exactly the part's grid times the patch (pad the video first: nothing is padded here).
-        layout: the pack; its `patch` is (pt, ph, pw).
+        videos: one ``[C, T, H, W]`` per grid part of the layout, in packed order; fp32, bf16 or
+            fp16 (fp64: reference), any strides. T, H, W are exactly the part's grid times the
+            patch: nothing is padded or cropped here.
+        layout: the pack; ``layout.patch`` is (pt, ph, pw), ``layout.order`` raster or tile.
 
     Returns:
-        `[Ng, C*pt*ph*pw]`, Ng = the number of grid tokens, features ordered (c, pt, ph, pw).
+        ``[Ng, C*pt*ph*pw]`` contiguous, Ng the number of grid tokens (without text), features
+        ordered (c, pt, ph, pw). ``unpatchify`` is the inverse, and the gradient.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
     """
-    grids = _grids(layout)
-    _check_videos(videos, grids, layout.patch)
-    if not videos:
-        raise ValueError("patchify: videos expected at least one, got none")
-    return torch.cat([patchify_reference(x, layout.patch, None) for x in videos])
+    geometry = _geometry(layout)
+    _check_videos(videos, geometry)
+    chosen = backend.choose(_OP, videos[0])
+    if chosen == "reference":
+        return torch.cat(
+            [
+                patchify_reference(x, geometry.patch, raster_order(grid, tile, x.device))
+                for x, grid, tile in zip(videos, *_triples(geometry), strict=True)
+            ]
+        )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in videos):
+        tokens: Tensor = _Patchify.apply(chosen, geometry, *videos)
+        return tokens
+    return _to_tokens(chosen, list(videos), geometry)
 
 
 def unpatchify(tokens: Tensor, layout: PackedLayout, channels: int) -> list[Tensor]:
-    """The inverse of `patchify`: `[Ng, C*pt*ph*pw]` -> one `[C, T, H, W]` per grid part.
+    """The inverse of :func:`patchify`: tokens back to one video per grid part.
 
     Args:
-        tokens: grid tokens in packed order, features ordered (c, pt, ph, pw); rows may be strided.
+        tokens: ``[Ng, C*pt*ph*pw]``, grid tokens in packed order (``hidden[layout.grid_tokens]``
+            if the pack holds text), ``stride(-1) == 1``; dtypes as for :func:`patchify`.
         layout: the pack.
         channels: C.
 
+    Returns:
+        One contiguous ``[C, T, H, W]`` per grid part.
+
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument has the wrong type, dtype or shape.
     """
-    grids = _grids(layout)
-    pt, ph, pw = layout.patch
-    expected = (sum(t * h * w for t, h, w in grids), channels * pt * ph * pw)
-    if tuple(tokens.shape) != expected:
-        raise ValueError(f"unpatchify: tokens expected {expected}, got {tuple(tokens.shape)}")
-    pieces = tokens.split([t * h * w for t, h, w in grids])
+    geometry = _geometry(layout)
+    _check_tokens(tokens, geometry, channels)
+    chosen = backend.choose(_OP, tokens)
+    if chosen == "reference":
+        grids, tiles = _triples(geometry)
+        pieces = tokens.split([t * h * w for t, h, w in grids])
+        return [
+            unpatchify_reference(x, grid, geometry.patch, raster_order(grid, tile, x.device))
+            for x, grid, tile in zip(pieces, grids, tiles, strict=True)
+        ]
+    if torch.is_grad_enabled() and tokens.requires_grad and geometry.grids:
+        return list(_Unpatchify.apply(chosen, geometry, channels, tokens))
+    return _to_videos(chosen, tokens, geometry, channels)
+
+
+# --- geometry and checks ------------------------------------------------------------------------
+
+
+class _Geometry(NamedTuple):
+    grids: list[int]  # t, h, w of each grid part, one after the other
+    tiles: list[int]  # its tile; the grid itself in raster order
+    patch: tuple[int, int, int]
+
+
+def _geometry(layout: PackedLayout) -> _Geometry:
+    from ...packing import Grid
+
+    grids: list[int] = []
+    tiles: list[int] = []
+    for part in layout.parts:
+        if isinstance(part, Grid):
+            grid = (part.t, part.h, part.w)
+            grids += grid
+            tiles += grid if layout.order == "raster" else layout.tile_of(part)
+    return _Geometry(grids, tiles, layout.patch)
+
+
+def _triples(geometry: _Geometry) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    def cut(flat: list[int]) -> list[tuple[int, ...]]:
+        return [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)]
+
+    return cut(geometry.grids), cut(geometry.tiles)
+
+
+def _check_videos(videos: Sequence[Tensor], geometry: _Geometry) -> None:
+    count = len(geometry.grids) // 3
+    if len(videos) != count or count == 0:
+        raise ValueError(
+            f"videos: expected {count or 'a layout with at least one grid and'} of them, one per "
+            f"grid part of the layout, got {len(videos)}"
+        )
+    first = videos[0]
+    for i, x in enumerate(videos):
+        if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"videos[{i}]: expected an fp32, bf16, fp16 or fp64 tensor, got {got}")
+        t, h, w = (
+            g * p for g, p in zip(geometry.grids[3 * i : 3 * i + 3], geometry.patch, strict=True)
+        )
+        if x.ndim != 4 or x.shape[0] < 1 or x.shape[1:] != (t, h, w):
+            raise ValueError(
+                f"videos[{i}]: expected [C, {t}, {h}, {w}], its grid in the layout times the "
+                f"patch {geometry.patch}, got {tuple(x.shape)}"
+            )
+        if x.dtype != first.dtype or x.shape[0] != first.shape[0] or x.device != first.device:
+            raise ValueError(
+                f"videos[{i}]: expected {first.shape[0]} channels of {first.dtype} on "
+                f"{first.device} as videos[0] has, got {x.shape[0]} of {x.dtype} on {x.device}"
+            )
+
+
+def _check_tokens(tokens: Tensor, geometry: _Geometry, channels: int) -> None:
+    if not isinstance(tokens, Tensor) or tokens.dtype not in _DTYPES:
+        got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens: expected an fp32, bf16, fp16 or fp64 tensor, got {got}")
+    if channels < 1:
+        raise ValueError(f"channels: expected at least 1, got {channels}")
+    rows = _num_tokens(geometry.grids)
+    width = _features(channels, geometry.patch)
+    if tokens.ndim != 2 or tokens.shape != (rows, width):
+        raise ValueError(
+            f"tokens: expected [{rows}, {width}], the layout's grid tokens by {channels} channels "
+            f"of patch {geometry.patch}, got {tuple(tokens.shape)}"
+        )
+    if width > 1 and tokens.stride(1) != 1:
+        raise ValueError(f"tokens: expected stride 1 in the last dimension, got {tokens.stride()}")
+
+
+def _num_tokens(grids: Sequence[int]) -> int:
+    return sum(grids[i] * grids[i + 1] * grids[i + 2] for i in range(0, len(grids), 3))
+
+
+def _features(channels: int, patch: Sequence[int]) -> int:
+    return channels * patch[0] * patch[1] * patch[2]
+
+
+# --- autograd: each direction is the gradient of the other --------------------------------------
+
+
+def _to_tokens(chosen: str, videos: list[Tensor], geometry: _Geometry) -> Tensor:
+    if chosen == "triton" and backend.interpreting():
+        return _triton_fwd(videos, *geometry)
+    tokens: Tensor = torch.ops.sora_kernels.patchify_fwd(videos, *geometry)
+    return tokens
+
+
+def _to_videos(chosen: str, tokens: Tensor, geometry: _Geometry, channels: int) -> list[Tensor]:
+    if chosen == "triton" and backend.interpreting():
+        return _triton_bwd(tokens, *geometry, channels)
+    videos: list[Tensor] = torch.ops.sora_kernels.patchify_bwd(tokens, *geometry, channels)
+    return videos
+
+
+class _Patchify(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, chosen: str, geometry: _Geometry, *videos: Tensor) -> Tensor:
+        ctx.args = chosen, geometry, videos[0].shape[0]
+        return _to_tokens(chosen, list(videos), geometry)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dtokens: Tensor) -> tuple[Any, ...]:
+        chosen, geometry, channels = ctx.args
+        dtokens = dtokens if dtokens.stride(1) == 1 else dtokens.contiguous()
+        return None, None, *_to_videos(chosen, dtokens, geometry, channels)
+
+
+class _Unpatchify(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, chosen: str, geometry: _Geometry, channels: int, tokens: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.args = chosen, geometry
+        return tuple(_to_videos(chosen, tokens, geometry, channels))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *dvideos: Tensor) -> tuple[Any, ...]:
+        chosen, geometry = ctx.args
+        return None, None, None, _to_tokens(chosen, list(dvideos), geometry)
+
+
+# --- registration -------------------------------------------------------------------------------
+
+
+def new_tokens(videos: Sequence[Tensor], grids: Sequence[int], patch: Sequence[int]) -> Tensor:
+    return videos[0].new_empty((_num_tokens(grids), _features(videos[0].shape[0], patch)))
+
+
+def new_videos(
+    tokens: Tensor, grids: Sequence[int], patch: Sequence[int], channels: int
+) -> list[Tensor]:
+    pt, ph, pw = patch
     return [
-        unpatchify_reference(x, grid, layout.patch, None)
-        for x, grid in zip(pieces, grids, strict=True)
+        tokens.new_empty((channels, grids[i] * pt, grids[i + 1] * ph, grids[i + 2] * pw))
+        for i in range(0, len(grids), 3)
     ]
 
 
-def _grids(layout: PackedLayout) -> list[tuple[int, int, int]]:
-    from ...packing import Grid
+def _triton_fwd(*args: Any) -> Tensor:
+    from . import kernels
 
-    parts = [part for segment in layout.segments for part in segment]
-    return [(p.t, p.h, p.w) for p in parts if isinstance(p, Grid)]
+    return kernels.forward(*args)
 
 
-def _check_videos(
-    videos: Sequence[Tensor], grids: list[tuple[int, int, int]], patch: tuple[int, int, int]
-) -> None:
-    if len(videos) != len(grids):
-        raise ValueError(f"patchify: videos expected {len(grids)}, got {len(videos)}")
-    for i, (x, grid) in enumerate(zip(videos, grids, strict=True)):
-        size = tuple(g * p for g, p in zip(grid, patch, strict=True))
-        if x.dim() != 4 or tuple(x.shape[1:]) != size:
-            raise ValueError(
-                f"patchify: videos[{i}] expected [C, {size[0]}, {size[1]}, {size[2]}] "
-                f"(grid {grid} x patch {patch}), got {tuple(x.shape)}"
-            )
-        first = videos[0]
-        if x.shape[0] != first.shape[0] or x.dtype != first.dtype or x.device != first.device:
-            raise ValueError(
-                f"patchify: videos[{i}] expected {first.shape[0]} channels of {first.dtype} on "
-                f"{first.device} as videos[0], got {x.shape[0]} of {x.dtype} on {x.device}"
-            )
+def _triton_bwd(*args: Any) -> list[Tensor]:
+    from . import kernels
+
+    return kernels.backward(*args)
+
+
+def _fake_fwd(
+    videos: Sequence[Tensor], grids: Sequence[int], tiles: Sequence[int], patch: Sequence[int]
+) -> Tensor:
+    return new_tokens(videos, grids, patch)
+
+
+def _fake_bwd(
+    tokens: Tensor, grids: Sequence[int], tiles: Sequence[int], patch: Sequence[int], channels: int
+) -> list[Tensor]:
+    return new_videos(tokens, grids, patch, channels)
+
+
+backend.define(
+    f"{_OP}_fwd(Tensor[] videos, SymInt[] grids, SymInt[] tiles, SymInt[] patch) -> Tensor"
+)
+backend.define(
+    f"{_OP}_bwd(Tensor tokens, SymInt[] grids, SymInt[] tiles, SymInt[] patch, SymInt channels) "
+    "-> Tensor[]"
+)
+if backend.HAS_TRITON:
+    backend.implement(f"{_OP}_fwd", "CUDA", _triton_fwd)
+    backend.implement(f"{_OP}_bwd", "CUDA", _triton_bwd)
+backend.fake(f"{_OP}_fwd", _fake_fwd)
+backend.fake(f"{_OP}_bwd", _fake_bwd)
+backend.guard_autograd(f"{_OP}_fwd")
+backend.guard_autograd(f"{_OP}_bwd")

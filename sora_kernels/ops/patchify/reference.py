@@ -1,16 +1,33 @@
-"""`patchify` and `unpatchify` in plain PyTorch: the definition that every implementation is held to."""
+"""`patchify` and `unpatchify` in plain PyTorch: what every implementation is held to."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
 
 
-def patchify_reference(video: Tensor, patch: tuple[int, int, int], order: Tensor | None) -> Tensor:
-    """`[C, T, H, W]` -> `[tokens, C*pt*ph*pw]`, features ordered (c, pt, ph, pw).
+def raster_order(
+    grid: Sequence[int], tile: Sequence[int], device: torch.device | str
+) -> Tensor | None:
+    """Raster number (t, h, w; w fastest) of each stored token; None if they are the same.
 
-    `order[i]` is the raster number (t, h, w; w fastest) of token i of the pack; None = raster.
+    Tiles follow each other in raster order, and so do the tokens within a tile.
     """
+    if tuple(grid) == tuple(tile):
+        return None
+    numbers = torch.arange(grid[0] * grid[1] * grid[2]).view(*grid)
+    starts = (range(0, n, size) for n, size in zip(grid, tile, strict=True))
+    blocks = (
+        numbers[t : t + tile[0], h : h + tile[1], w : w + tile[2]] for t, h, w in product(*starts)
+    )
+    return torch.cat([block.flatten() for block in blocks]).to(device)
+
+
+def patchify_reference(video: Tensor, patch: Sequence[int], order: Tensor | None) -> Tensor:
+    """`[C, T, H, W]` -> `[tokens, C*pt*ph*pw]`, features ordered (c, pt, ph, pw)."""
     channels, frames, height, width = video.shape
     pt, ph, pw = patch
     blocks = video.reshape(channels, frames // pt, pt, height // ph, ph, width // pw, pw)
@@ -19,7 +36,7 @@ def patchify_reference(video: Tensor, patch: tuple[int, int, int], order: Tensor
 
 
 def unpatchify_reference(
-    tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int], order: Tensor | None
+    tokens: Tensor, grid: Sequence[int], patch: Sequence[int], order: Tensor | None
 ) -> Tensor:
     """The inverse of `patchify_reference`: `[tokens, C*pt*ph*pw]` -> `[C, T, H, W]`."""
     t, h, w = grid

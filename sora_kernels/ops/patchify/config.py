@@ -1,0 +1,18 @@
+"""Launch configuration of patchify: a pure function of the row of a grid and the token width."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    block_w: int  # tokens along w
+    block_f: int  # features
+    num_warps: int
+
+
+def choose_config(grid_w: int, features: int) -> Config:
+    """At most 4096 elements, features first: they are what is contiguous in the token matrix."""
+    block_f = min(1 << (features - 1).bit_length(), 256)
+    block_w = min(1 << (grid_w - 1).bit_length(), 4096 // block_f)
+    return Config(block_w, block_f, 4 if block_w * block_f > 512 else 1)
