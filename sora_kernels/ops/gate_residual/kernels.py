@@ -1,0 +1,406 @@
+"""Triton kernels of gate_residual, forward and backward, and their launchers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...aot import AotCase
+from ...rows import RowMap
+from .._device import GATED, TANH, XHAT, affine, load_f32, load_modulation, tanh
+from .._grouped import finish_rows, flush, round_if, row_bounds, row_of, token_offset
+from .._launch import launch
+from . import config
+
+# Bits of `needs`, in the order of the backward's results.
+DY, DGATE, DWEIGHT = 1, 2, 4
+_DY, _DGATE, _DWEIGHT = tl.constexpr(DY), tl.constexpr(DGATE), tl.constexpr(DWEIGHT)
+_LAYER = tl.constexpr(2)  # values of NORM: 0 none, 1 RMS, 2 LayerNorm
+
+
+@triton.jit
+def _gate_residual_fwd_kernel(
+    x_ptr,  # [B, L, D]
+    y_ptr,  # [B, L, D]
+    gate_ptr,  # [R, D] or None
+    gate_table_ptr,  # [D] or None
+    weight_ptr,  # [D] or None
+    index_ptr,  # [N] or None
+    out_ptr,  # [N, D]
+    mean_ptr,  # [N] fp32, LayerNorm only
+    rstd_ptr,  # [N] fp32, with a norm only
+    tokens,
+    width,
+    per_batch,  # L
+    x_batch_stride,
+    x_token_stride,
+    y_batch_stride,
+    y_token_stride,
+    gate_stride,
+    tokens_per_row,
+    eps,
+    WITH_TANH: tl.constexpr,
+    NORM: tl.constexpr,
+    LAW: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out = x + act(gate[row]) * (norm(y) * weight) for BLOCK_ROWS tokens and BLOCK_D columns.
+
+    adaLN-Zero's gate (arXiv 2212.09748); with tanh and norm the sandwich of Mochi and Z-Image.
+    """
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    inside = n < tokens
+    cols_mask = cols < width
+    mask = inside & cols_mask
+    y_offsets = token_offset(n, per_batch, y_batch_stride, y_token_stride) + cols
+    branch = load_f32(y_ptr + y_offsets, mask)
+    if NORM > 0:
+        if NORM == _LAYER:
+            mean = tl.sum(branch, axis=1, keep_dims=True) / width
+            tl.store(mean_ptr + n, mean, mask=inside)
+            branch = tl.where(cols_mask, branch - mean, 0.0)
+        square = tl.sum(branch * branch, axis=1, keep_dims=True)
+        rstd = 1.0 / tl.sqrt(square / width + eps)
+        tl.store(rstd_ptr + n, rstd, mask=inside)
+        branch = round_if(branch * rstd, LAW, XHAT, dtype)
+        branch = affine(branch, weight_ptr, None, cols, cols_mask, LAW, dtype)
+    if gate_ptr is not None:
+        if index_ptr is not None:
+            rows = tl.load(index_ptr + n, mask=inside, other=0).to(tl.int64)
+        else:
+            rows = tl.where(inside, n, 0) // tokens_per_row
+        gate = load_modulation(
+            gate_ptr, gate_table_ptr, rows * gate_stride + cols, cols, mask, cols_mask, LAW, dtype
+        )
+        if WITH_TANH:
+            gate = round_if(tanh(gate), LAW, TANH, dtype)
+        branch = round_if(gate * branch, LAW, GATED, dtype)
+    x_offsets = token_offset(n, per_batch, x_batch_stride, x_token_stride) + cols
+    out = load_f32(x_ptr + x_offsets, mask) + branch
+    tl.store(out_ptr + n * width + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gate_residual_bwd_kernel(
+    dout_ptr,  # [B, L, D]
+    y_ptr,  # [B, L, D]; None if only gate * dout is wanted
+    mean_ptr,  # [N], None unless LayerNorm
+    rstd_ptr,  # [N], None without a norm
+    gate_ptr,  # [R, D] or None
+    gate_table_ptr,  # [D] or None
+    weight_ptr,  # [D] or None
+    index_ptr,  # [N] or None
+    order_ptr,  # [N] or None
+    offsets_ptr,  # [R + 1] or None
+    dy_ptr,  # [N, D]
+    dgate_ptr,  # [R, D]
+    dweight_partial_ptr,  # [blocks, D] fp32
+    partial_ptr,  # [blocks, 2, D] fp32
+    tokens,
+    width,
+    per_batch,
+    dout_batch_stride,
+    dout_token_stride,
+    y_batch_stride,
+    y_token_stride,
+    gate_stride,
+    tokens_per_row,
+    block_tokens,
+    NEEDS: tl.constexpr,
+    WITH_TANH: tl.constexpr,
+    NORM: tl.constexpr,
+    LAW: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dy and the running sums of dgate and dweight, over one block of sorted tokens.
+
+    For b = norm(y) * weight and h = dout * act(gate) * weight: dgate += dout * b * act'(gate),
+    dweight += dout * act(gate) * xhat, dy = rstd * (h - mean(h) - xhat * mean(h * xhat))
+    (RMS: without mean(h); no norm: dy = h).
+    """
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    block = tl.program_id(0).to(tl.int64)
+    start = block * block_tokens
+    end = tl.minimum(start + block_tokens, tokens)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = cols < width
+    dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
+    dweight = tl.zeros([BLOCK_D], dtype=tl.float32)
+
+    for i in range(end - start):
+        position = start + i
+        n = position
+        if order_ptr is not None:
+            n = tl.load(order_ptr + position).to(tl.int64)
+        dout_offset = token_offset(n, per_batch, dout_batch_stride, dout_token_stride)
+        dout = load_f32(dout_ptr + dout_offset + cols, mask)
+        dbranch = dout
+        act = dout
+        if gate_ptr is not None:
+            row = row_of(n, index_ptr, tokens_per_row)
+            offsets = row * gate_stride + cols
+            gate = load_modulation(gate_ptr, gate_table_ptr, offsets, cols, mask, mask, LAW, dtype)
+            act = gate
+            if WITH_TANH:
+                act = tanh(gate)
+                gate = round_if(act, LAW, TANH, dtype)
+            dbranch = dout * gate
+
+        xhat = dout
+        if y_ptr is not None:
+            y_offset = token_offset(n, per_batch, y_batch_stride, y_token_stride)
+            xhat = load_f32(y_ptr + y_offset + cols, mask)
+        branch = xhat
+        dy = dbranch
+        if NORM > 0:
+            if mean_ptr is not None:
+                xhat = tl.where(mask, xhat - tl.load(mean_ptr + n), 0.0)
+            rstd = tl.load(rstd_ptr + n)
+            xhat *= rstd
+            rounded = round_if(xhat, LAW, XHAT, dtype)
+            if _DWEIGHT & NEEDS:
+                dweight += dbranch * rounded
+            branch = affine(rounded, weight_ptr, None, cols, mask, LAW, dtype)
+            if weight_ptr is not None:
+                dbranch *= load_f32(weight_ptr + cols, mask)
+            dy = dbranch - xhat * (tl.sum(dbranch * xhat, axis=0) / width)
+            if mean_ptr is not None:
+                dy -= tl.sum(dbranch, axis=0) / width
+            dy *= rstd
+        if _DY & NEEDS:
+            tl.store(dy_ptr + n * width + cols, dy.to(dtype), mask=mask)
+
+        if _DGATE & NEEDS:
+            dgate += dout * branch
+            # The row ends here, or the block does: store its sum and start anew.
+            first, last = row_bounds(row, offsets_ptr, tokens_per_row)
+            if (position + 1 == end) | (position + 1 == last):
+                if WITH_TANH:
+                    dgate *= 1.0 - act * act
+                flush(dgate, row, first, last, start, end, block, dgate_ptr, partial_ptr,
+                      width, cols, mask)  # fmt: skip
+                dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
+
+    if _DWEIGHT & NEEDS:
+        tl.store(dweight_partial_ptr + block * width + cols, dweight, mask=mask)
+
+
+def forward(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    gate_table: Tensor | None,
+    weight: Tensor | None,
+    index: Tensor | None,
+    tokens_per_row: int,
+    tanh: bool,
+    norm: int,
+    eps: float,
+    law: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw op gate_residual_fwd: (out, mean, rstd); the statistics may be empty."""
+    batch, length, width = x.shape
+    tokens = batch * length
+    out = x.new_empty(x.shape)
+    mean = x.new_empty(tokens if norm == 2 else 0, dtype=torch.float32)
+    rstd = x.new_empty(tokens if norm else 0, dtype=torch.float32)
+    block_d, block_rows, num_warps = config.forward(width, norm > 0)
+    launch(
+        _gate_residual_fwd_kernel,
+        (triton.cdiv(tokens, block_rows), triton.cdiv(width, block_d)),
+        x.device,
+        x,
+        y,
+        gate,
+        gate_table,
+        weight,
+        index,
+        out,
+        mean if norm == 2 else None,
+        rstd if norm else None,
+        tokens,
+        width,
+        length,
+        x.stride(0),
+        x.stride(1),
+        y.stride(0),
+        y.stride(1),
+        0 if gate is None else gate.stride(0),
+        max(tokens_per_row, 1),
+        eps,
+        WITH_TANH=tanh,
+        NORM=norm,
+        LAW=law,
+        BLOCK_ROWS=block_rows,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+        num_stages=1,
+        enable_fp_fusion=law == 0,
+    )
+    return out, mean, rstd
+
+
+def backward(
+    dout: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    gate: Tensor | None,
+    gate_table: Tensor | None,
+    weight: Tensor | None,
+    index: Tensor | None,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    tokens_per_row: int,
+    tanh: bool,
+    norm: int,
+    law: int,
+    y_dtype: torch.dtype,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw op gate_residual_bwd: dy, dgate, dweight; those not in ``needs`` are empty."""
+    batch, length, width = dout.shape
+    tokens = batch * length
+    if gate is None:
+        needs &= ~DGATE
+    if weight is None:
+        needs &= ~DWEIGHT
+    block_d, block_tokens, num_warps = config.backward(tokens, width, norm > 0)
+    blocks = triton.cdiv(tokens, block_tokens)
+
+    none = dout.new_empty(0, dtype=torch.float32)
+    dy = dout.new_empty(dout.shape if needs & DY else (0,), dtype=y_dtype)
+    dgate = none
+    if needs & DGATE and gate is not None:
+        # A gradient that is summed further, over rows (tables), stays fp32.
+        dtype = gate.dtype if gate_table is None else torch.float32
+        dgate = gate.new_empty(gate.shape, dtype=dtype)
+    spans = needs & DGATE and (index is not None or tokens_per_row != 1)
+    partial = dout.new_empty(blocks if spans else 0, 2, width, dtype=torch.float32)
+    dweight = dout.new_empty(blocks if needs & DWEIGHT else 0, width, dtype=torch.float32)
+    launch(
+        _gate_residual_bwd_kernel,
+        (blocks, triton.cdiv(width, block_d)),
+        dout.device,
+        dout,
+        y,
+        mean if norm == 2 else None,
+        rstd if norm else None,
+        gate,
+        gate_table,
+        weight,
+        index,
+        order,
+        offsets,
+        dy,
+        dgate,
+        dweight,
+        partial,
+        tokens,
+        width,
+        length,
+        dout.stride(0),
+        dout.stride(1),
+        0 if y is None else y.stride(0),
+        0 if y is None else y.stride(1),
+        0 if gate is None else gate.stride(0),
+        max(tokens_per_row, 1),
+        block_tokens,
+        NEEDS=needs,
+        WITH_TANH=tanh,
+        NORM=norm,
+        LAW=law,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+        num_stages=1,
+        enable_fp_fusion=law == 0,
+    )
+    if needs & DGATE:
+        per_row = max(tokens_per_row, 1) if index is None else 0
+        rows = RowMap(tokens, 0, per_row, index, order, offsets)
+        finish_rows(dgate, partial, rows, block_tokens)
+    # torch.sum over the blocks is deterministic: stage two of the vector.
+    return (
+        dy if needs & DY else none,
+        dgate,
+        dweight.sum(0) if needs & DWEIGHT else none,
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """Plain gate and Mochi's sandwich at the widths of DiT-XL, Wan, Hunyuan and Flux."""
+    cases = []
+    for width in (384, 1152, 1536, 3072, 5120):
+        for sandwich in (False, True):
+            cases.append(_forward_case(width, sandwich))
+            cases.append(_backward_case(width, sandwich))
+    return cases
+
+
+def _case_name(direction: str, width: int, sandwich: bool) -> str:
+    return f"gate_residual_{direction}_d{width}" + ("_sandwich" if sandwich else "")
+
+
+def _forward_case(width: int, sandwich: bool) -> AotCase:
+    block_d, block_rows, num_warps = config.forward(width, sandwich)
+    pointers = {"x_ptr": "*bf16", "y_ptr": "*bf16", "gate_ptr": "*bf16", "out_ptr": "*bf16"}
+    if sandwich:
+        pointers |= {"rstd_ptr": "*fp32"}
+    absent = ("gate_table_ptr", "weight_ptr", "index_ptr", "mean_ptr", "rstd_ptr")
+    strides = ("x_batch_stride", "x_token_stride", "y_batch_stride", "y_token_stride",
+               "gate_stride")  # fmt: skip
+    integers = ("tokens", "width", "per_batch", *strides, "tokens_per_row")
+    return AotCase(
+        name=_case_name("fwd", width, sandwich),
+        kernel=_gate_residual_fwd_kernel,
+        signature={**pointers, **dict.fromkeys(integers, "i32"), "eps": "fp32"},
+        constexprs={
+            **{name: None for name in absent if name not in pointers},
+            "WITH_TANH": sandwich,
+            "NORM": int(sandwich),
+            "LAW": 0,
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_D": block_d,
+        },
+        num_warps=num_warps,
+        num_stages=1,
+        memory_bound=True,
+        divisible=(*pointers, "width", *strides),
+    )
+
+
+def _backward_case(width: int, sandwich: bool) -> AotCase:
+    block_d, _, num_warps = config.backward(32768, width, sandwich)
+    pointers = {
+        "dout_ptr": "*bf16", "y_ptr": "*bf16", "gate_ptr": "*bf16", "index_ptr": "*i32",
+        "offsets_ptr": "*i32", "dy_ptr": "*bf16", "dgate_ptr": "*bf16", "partial_ptr": "*fp32",
+    }  # fmt: skip
+    if sandwich:
+        pointers |= {"rstd_ptr": "*fp32"}
+    absent = ("mean_ptr", "rstd_ptr", "gate_table_ptr", "weight_ptr", "order_ptr",
+              "dweight_partial_ptr")  # fmt: skip
+    strides = ("dout_batch_stride", "dout_token_stride", "y_batch_stride", "y_token_stride",
+               "gate_stride")  # fmt: skip
+    integers = ("tokens", "width", "per_batch", *strides, "tokens_per_row", "block_tokens")
+    return AotCase(
+        name=_case_name("bwd", width, sandwich),
+        kernel=_gate_residual_bwd_kernel,
+        signature={**pointers, **dict.fromkeys(integers, "i32")},
+        constexprs={
+            **{name: None for name in absent if name not in pointers},
+            "NEEDS": DY | DGATE,
+            "WITH_TANH": sandwich,
+            "NORM": int(sandwich),
+            "LAW": 0,
+            "BLOCK_D": block_d,
+        },
+        num_warps=num_warps,
+        num_stages=1,
+        memory_bound=True,
+        divisible=(*pointers, "width", *strides),
+    )
