@@ -9,9 +9,11 @@
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 
 #include "grouped_sum.h"
 #include "law.h"
+#include "qk_norm_rope_fast.h"
 #include "scratch.h"
 #include "vec.h"
 
@@ -33,18 +35,7 @@ struct Rounding {
 
 template <class T>
 const T* head_row(const Heads& x, int64_t n, int64_t h) {
-  return static_cast<const T*>(x.data) + (n / x.per_batch) * x.batch_stride +
-         (n % x.per_batch) * x.token_stride + h * x.head_stride;
-}
-
-inline Vec swap_neighbours(Vec v) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_permute_ps((__m512)v, 0xb1);
-#elif defined(__AVX2__)
-  return (Vec)_mm256_permute_ps((__m256)v, 0xb1);
-#else
-  return Vec{v[1], v[0], v[3], v[2]};
-#endif
+  return token_of<T>(x, n) + h * x.head_stride;
 }
 
 inline Vec square_root(Vec v) {
@@ -357,13 +348,21 @@ void by_type(const QkNormRope& a, Run run) {
 
 void qk_norm_rope_fwd(const QkNormRope& a, int64_t begin, int64_t end) {
   by_type(a, [&](auto type, auto law) {
-    forward<decltype(type), decltype(law)::value>(a, begin, end);
+    using T = decltype(type);
+    constexpr bool kLaw = decltype(law)::value;
+    if constexpr (!kLaw && !std::is_same_v<T, f16>)
+      if (run_fast<T>(a, [&](auto& heads) { heads.forward(begin, end); })) return;
+    forward<T, kLaw>(a, begin, end);
   });
 }
 
 void qk_norm_rope_bwd(const QkNormRope& a, int64_t begin, int64_t end) {
   by_type(a, [&](auto type, auto law) {
-    backward<decltype(type), decltype(law)::value>(a, begin, end);
+    using T = decltype(type);
+    constexpr bool kLaw = decltype(law)::value;
+    if constexpr (!kLaw && !std::is_same_v<T, f16>)
+      if (run_fast<T>(a, [&](auto& heads) { heads.backward(begin, end); })) return;
+    backward<T, kLaw>(a, begin, end);
   });
 }
 
