@@ -23,7 +23,7 @@ from sora_kernels.planner.arrays import keys
 
 BUDGET = 32_768
 IMPLEMENTATIONS = ["numpy"] + (["native"] if _ext.host is not None else [])
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=40, deadline=None)
 clip_lists = st.lists(st.integers(1, 100), min_size=1, max_size=200)
 
 
@@ -258,7 +258,7 @@ def chunked(lengths: np.ndarray, cuts: list[int]) -> list[np.ndarray]:
     return np.split(lengths, sorted(cuts))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(0, 1500), max_size=12), st.integers(1, 3))
 def test_stream_does_not_depend_on_the_chunks(cuts, world):
     lengths = video_lengths(1500)

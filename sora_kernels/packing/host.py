@@ -120,14 +120,7 @@ class HostPack:
             "text_tokens": np.flatnonzero(~token_is_grid[: self.num_real_tokens]),
         }
         if self.order == "tile":
-            places = self._raster_of_token()
-            arrays["raster_of_token"] = places
-            # Without the text in between: the numbers of grid tokens among themselves.
-            number = np.cumsum(token_is_grid) - 1
-            order = number[places[token_is_grid]]
-            inverse = np.empty_like(order)
-            inverse[order] = np.arange(order.size)
-            arrays["grid_order"], arrays["grid_order_inverse"] = order, inverse
+            arrays["raster_of_token"] = self._raster_of_token()
         return arrays
 
     def block_efficiency(self) -> float:

@@ -26,7 +26,7 @@ from .shard import LayoutShard
 
 _MAX_TOKENS = 2**31 - 1
 # Tensors as long as the pack has tokens of one kind; padded to N within a capacity's buffer.
-_OF_KIND = {"grid_tokens", "text_tokens", "grid_order", "grid_order_inverse"}
+_OF_KIND = ("grid_tokens", "text_tokens")
 
 
 class PackedLayout:
@@ -56,8 +56,6 @@ class PackedLayout:
         raster_of_token: int64 `[N]`, the place each token would have in raster order; None if the
             layout is in raster order. `raster.index_select(0, raster_of_token)` puts tokens into
             tile order and `raster.index_copy_(0, raster_of_token, tiles)` brings them back.
-        grid_order: int64 `[Ng]`, the same among grid tokens alone: what `patchify` needs, with its
-            inverse `grid_order_inverse`. None in raster order.
         counts: int32 `[3]`: tokens, segments and parts without padding.
         segment_rows, part_rows: `RowMap`, one modulation row per segment or per part.
 
@@ -118,7 +116,7 @@ class PackedLayout:
         target = torch.device(device) if device is not None else torch.get_default_device()
         arrays = host.arrays()
         if capacity is not None:
-            for name in _OF_KIND & arrays.keys():
+            for name in _OF_KIND:
                 arrays[name] = np.pad(arrays[name], (0, self.num_tokens - arrays[name].size))
         self._buffer, self._sections = arena.pack(arrays, pin=target.type == "cuda")
         self._upload(target)
@@ -178,7 +176,7 @@ class PackedLayout:
         self.segment_of_token = tensors["segment_of_token"]
         self.part_of_token = tensors["part_of_token"]
         self.raster_of_token = tensors.get("raster_of_token")
-        self._of_kind = {name: tensors[name] for name in _OF_KIND & tensors.keys()}
+        self._of_kind = {name: tensors[name] for name in _OF_KIND}
         self._cut_kinds()
         self.segment_rows = RowMap(
             host.num_tokens, self.num_segments, 0, self.segment_of_token, None, self.cu_seqlens
@@ -198,15 +196,9 @@ class PackedLayout:
         self.num_text_tokens = host.num_real_tokens - grid
         self.text_tokens = self._of_kind["text_tokens"]
         self.grid_tokens = self._of_kind["grid_tokens"]
-        self.grid_order = self._of_kind.get("grid_order")
-        self.grid_order_inverse = self._of_kind.get("grid_order_inverse")
-        if self.capacity is None:
-            return
-        self.text_tokens = self.text_tokens[: self.num_text_tokens]
-        self.grid_tokens = self.grid_tokens[:grid]
-        if self.grid_order is not None and self.grid_order_inverse is not None:
-            self.grid_order = self.grid_order[:grid]
-            self.grid_order_inverse = self.grid_order_inverse[:grid]
+        if self.capacity is not None:
+            self.text_tokens = self.text_tokens[: self.num_text_tokens]
+            self.grid_tokens = self.grid_tokens[:grid]
 
     @property
     def block_efficiency(self) -> float:
