@@ -39,9 +39,15 @@ $(VENV)/.deps: requirements-dev.txt | $(VENV)/.torch
 
 venv: $(VENV)/.deps
 
-$(VENV)/.built: $(SOURCES) | $(VENV)/.deps
+# Installed without csrc, which is then built in place: pip would compile all of it every time,
+# ninja compiles what has changed.
+$(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.deps
+	@SORA_KERNELS_BUILD=none $(PIP) install -qq --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.built: $(SOURCES) | $(VENV)/.installed
 	@echo "== building csrc"
-	@$(PIP) install -qq --no-build-isolation --no-deps -e .
+	@$(PY) setup.py -q build_ext --inplace
 	@touch $@
 
 build: $(VENV)/.built
@@ -77,5 +83,5 @@ aot: build
 	@TRITON_INTERPRET=0 $(PY) -m sora_kernels.aot --arch 80 90 100 120 --json $(OUT)/aot.json --jobs $(JOBS)
 
 clean:
-	rm -rf build $(OUT) *.egg-info $(VENV)/.built
+	rm -rf build $(OUT) $(VENV)/.built
 	find sora_kernels -name '*.so' -delete
