@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from model.config import VAEConfig, WorldConfig
+from model import train_vae
+from model.config import VAES, WORLDS, VAEConfig, WorldConfig
 from model.optim import Muon, orthogonalise
 from model.train_vae import Run, TrainConfig, main, psnr, validation
 from model.vae import VideoVAE, latent_shape, load_vae, save_vae
@@ -211,21 +208,32 @@ def test_command_errors_are_one_line_and_exit_code_two(
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_leaves_a_state_that_resumes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "model.train_vae", "--steps", "100000", "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-    )  # fmt: skip
-    assert process.stderr is not None
-    process.stderr.read(1)  # the progress bar: training has begun
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and "--resume" in error
-    run = Run.load(tmp_path / "vae_state.pt")
+def test_ctrl_c_in_the_middle_of_a_step_leaves_a_state_that_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(VAES, "tiny", SMALL)
+    monkeypatch.setitem(WORLDS, "vae", WORLD)
+    batch_of, calls = train_vae.batch_of, []
+
+    def interrupted(*arguments: object) -> torch.Tensor:
+        calls.append(arguments)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return batch_of(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_vae, "batch_of", interrupted)
+        assert main(["--steps", "6", "--out", str(tmp_path), "--quiet"]) == 130
+    assert "--resume" in capsys.readouterr().err
     assert [item.name for item in tmp_path.iterdir()] == ["vae_state.pt"]
-    run.config = replace(run.config, batch=1)
-    run.train_step()
+    assert Run.load(tmp_path / "vae_state.pt").step == 3  # the step was finished
+    assert main(["--out", str(tmp_path), "--resume", "--quiet"]) == 0
+    assert load_vae(tmp_path).encode(video(1, 3, 5, 16, 16)).shape == (1, 16, 2, 2, 2)
+    names = {"vae_state.pt", "vae_loss.json", "vae_loss.png"}
+    names |= {
+        f"{name}.{kind}" for name in ("vae", "vae_stage1") for kind in ("json", "safetensors")
+    }
+    assert {item.name for item in tmp_path.iterdir()} == names
 
 
 @pytest.mark.skipif(not (SHIPPED / "vae.safetensors").is_file(), reason="no checkpoint yet")
