@@ -184,8 +184,8 @@ class TrainConfig:
     tokens: grid and text tokens of one pack, the batch of one step.
     given: probability that a clip of several latent frames shows its first ones as given.
     no_prompt: probability that a clip is shown without its prompt (for guidance).
-    learning_rate: peak of AdamW's. muon: peak of Muon's, for the matrices inside the blocks; 0 = AdamW
-        for these too.
+    learning_rate: peak of AdamW's.
+    muon: peak of Muon's, for the matrices inside the blocks; 0 = AdamW for these too.
     """
 
     dit: str
@@ -207,4 +207,15 @@ class TrainConfig:
 
 TRAININGS: dict[str, TrainConfig] = {
     "tiny": TrainConfig("tiny", "tiny", clips=16384, tokens=1536, steps=3200, muon=0.02),
+    # Continues the former with `--init`, on more clips and from a lower peak.
+    "tiny-more": TrainConfig(
+        "tiny",
+        "tiny",
+        clips=24576,
+        tokens=1536,
+        steps=3600,
+        learning_rate=1.2e-3,
+        muon=0.012,
+        seed=1,
+    ),
 }

@@ -23,6 +23,7 @@ from torch import Tensor
 from model.checkpoint import (
     DIT,
     CheckpointError,
+    load_dit,
     read_tensors,
     save_dit,
     write_beside,
@@ -359,6 +360,14 @@ def prepare(config: TrainConfig, vae: VideoVAE, path: Path, quiet: bool) -> Late
     return cache
 
 
+def start_from(model: DiT, vocabulary: Vocabulary, folder: Path) -> None:
+    """Copies the weights of the model in `folder`, which must have the same config and words."""
+    other, words = load_dit(folder)
+    if other.config != model.config or words.words != vocabulary.words:
+        raise ValueError(f"--init: expected a model of config {model.config}, got {other.config}")
+    model.load_state_dict(other.state_dict())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m model.train", description="Train a DiT on the world.")
     parser.add_argument("--config", required=True, help=f"one of {', '.join(TRAININGS)}")
@@ -369,6 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="default: runs/CONFIG")
     parser.add_argument("--vae", type=Path, default=CHECKPOINT, help="folder of the VAE checkpoint")
     parser.add_argument("--cache", type=Path, help="latents (default: OUT/latents.safetensors)")
+    parser.add_argument("--init", type=Path, help="start from the model in this folder")
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
@@ -390,11 +400,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_vae(vae, out)  # the folder is then complete for `model.generate`
     torch.manual_seed(config.seed)
     model = DiT(replace(DITS[config.dit], vocabulary=len(vocabulary)))
+    if args.init is not None:
+        start_from(model, vocabulary, args.init)
     trainer = Trainer(model, config, cache)
     log = restore(trainer, state) if args.resume else Log()
     command = "python -m model.train " + " ".join(
         f"--{name} {value}"
-        for name, value in (("config", args.config), *chosen.items())
+        for name, value in (("config", args.config), *chosen.items(), ("init", args.init))
         if value is not None
     )
     done = train(trainer, out, vocabulary, log=log, minutes=args.minutes, quiet=args.quiet,

@@ -150,6 +150,18 @@ def test_saved_model_loads_and_predicts(cache: LatentCache, tmp_path: Path) -> N
     assert json.loads((tmp_path / "config.json").read_text())["training"]["step"] == 6
 
 
+def test_a_run_may_start_from_another_model(cache: LatentCache, tmp_path: Path) -> None:
+    run = trainer(cache)
+    run.advance()
+    training.save(run, training.Log(), tmp_path, WORDS, "")
+    model = DiT(DIT)
+    training.start_from(model, WORDS, tmp_path)
+    for ours, theirs in zip(model.parameters(), run.average, strict=True):
+        torch.testing.assert_close(ours.data, theirs, rtol=1e-3, atol=1e-4)  # stored in fp16
+    with pytest.raises(ValueError, match="--init: expected"):
+        training.start_from(DiT(dataclasses.replace(DIT, depth=1)), WORDS, tmp_path)
+
+
 def test_load_refuses_what_is_no_checkpoint(cache: LatentCache, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="found none"):
         load_dit(tmp_path)
