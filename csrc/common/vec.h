@@ -36,17 +36,37 @@ inline Vec splat(float v) { return Vec{} + v; }
 
 // --- fp32 <-> storage, one register ---------------------------------------------------------
 
-inline Vec widen(HVec h, const bf16*) {
-  UVec u = __builtin_convertvector(h, UVec) << 16;
-  return (Vec)u;
+// The conversions are spelt out because GCC 12 splits __builtin_convertvector into halves.
+inline UVec zero_extend(HVec h) {
+#if defined(__AVX512F__)
+  return (UVec)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (UVec)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, UVec);
+#endif
 }
+inline HVec low_halves(UVec u) {
+#if defined(__AVX512F__)
+  return (HVec)_mm512_cvtepi32_epi16((__m512i)u);
+#else
+  return __builtin_convertvector(u, HVec);
+#endif
+}
+
+inline Vec widen(HVec h, const bf16*) { return (Vec)(zero_extend(h) << 16); }
 
 inline HVec narrow(Vec v, const bf16*) {  // round to nearest even, NaN stays NaN
   UVec u = (UVec)v;
   UVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+#if defined(__AVX512F__)
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  rounded = (UVec)_mm512_mask_mov_epi32((__m512i)rounded, is_nan, _mm512_set1_epi32(0x7fc0));
+#else
   IVec is_nan = v != v;
   rounded = ((UVec)is_nan & 0x7fc0u) | (~(UVec)is_nan & rounded);
-  return __builtin_convertvector(rounded, HVec);
+#endif
+  return low_halves(rounded);
 }
 
 inline Vec widen(HVec h, const f16*) {
