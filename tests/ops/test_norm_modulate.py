@@ -11,15 +11,23 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sora_kernels import RowMap, norm_modulate, use_backend
 from sora_kernels.laws import PRESETS, Point
+from sora_kernels.ops.norm_modulate import config
 from tests.helpers import WIDTHS, check, poisoned, randn
 
 BACKENDS = ("native", "triton")
 NAMES = (
     "weight", "bias", "shift", "scale", "shift_table", "scale_table", "shift2", "scale2",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tokens per program of the Triton backward, as on a GPU with many more tokens."""
+    monkeypatch.setattr(config, "_MAX_PROGRAMS", 4)
 
 
 def extra_ulp(backend: str, dtype: torch.dtype) -> float:
@@ -124,7 +132,7 @@ def test_widths(backend: str, width: int) -> None:
 def test_optional_parts(backend: str, names: tuple[str, ...]) -> None:
     outputs = 2 if "shift2" in names else 1
     for norm in ("layer", "rms"):
-        compare(backend, make((2, 37, 40), (2,), names), torch.float32, outputs, norm=norm)
+        compare(backend, make((2, 7, 40), (2,), names), torch.float32, outputs, norm=norm)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -159,24 +167,18 @@ ROW_PATTERNS = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pattern", ROW_PATTERNS)
 def test_rows(backend: str, pattern: str) -> None:
-    tokens = 131  # more than four blocks of the CPU kernel's backward
+    # both span several blocks of the backward
+    tokens = 131 if backend == "native" else 45
     count = tokens if pattern == "a row a token" else 6
     rows = RowMap.from_index(ROW_PATTERNS[pattern](tokens, count), count)
     compare(backend, make((tokens, 40), (count,)), torch.float32, rows=rows)
-
-
-def test_rows_with_long_blocks_in_triton() -> None:
-    """Enough tokens that one program of the backward sums several of them."""
-    tokens = 2500
-    rows = RowMap.from_index(ROW_PATTERNS["runs"](tokens, 5), 5)
-    compare("triton", make((tokens, 8), (5,)), torch.float32, rows=rows)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("law", ["torch", "diffusers_rms", ("one_plus", "table")])
 def test_laws_keep_the_2x_rule(backend: str, law: Any) -> None:
     names = ("weight", "bias", "shift", "scale", "shift_table", "scale_table")
-    compare(backend, make((2, 33, 72), (2,), names), torch.float16, law=law)
+    compare(backend, make((2, 9, 72), (2,), names), torch.float16, law=law)
 
 
 def eager_torch(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -284,8 +286,8 @@ def test_mixed_dtypes(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_wanted_gradients(backend: str) -> None:
     names = ("weight", "bias", "shift", "scale", "shift_table", "scale_table")
-    full = make((2, 40, 24), (2,), names)
-    upstream = [randn(2, 40, 24, seed=9)]
+    full = make((2, 6, 24), (2,), names)
+    upstream = [randn(2, 6, 24, seed=9)]
     with use_backend(backend):
         everything = run(full, upstream)
         for wanted in itertools.chain(full, [("x", "scale"), ("shift_table",)]):
@@ -410,15 +412,14 @@ def test_raw_op_refuses_to_lose_a_gradient() -> None:
 
 
 def test_fullgraph_and_dynamic_length() -> None:
+    """No graph break, and no new compilation for a new length."""
     torch._dynamo.reset()
-    traces = 0
+    counter = CompileCounterWithBackend("aot_eager")
 
-    def block(x: Tensor, shift: Tensor, scale: Tensor, index: RowMap) -> Tensor:
-        nonlocal traces
-        traces += 1
-        return norm_modulate(x * 2, shift, scale, rows=index).tanh()
+    def block(x: Tensor, shift: Tensor, scale: Tensor, rows: RowMap) -> Tensor:
+        return norm_modulate(x * 2, shift, scale, rows=rows).tanh()
 
-    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
     for tokens in (50, 61, 97, 40):
         rows = RowMap.from_index(torch.arange(tokens) * 3 // tokens, 3)
         x, shift, scale = (leaf(n, 16, seed=n) for n in (tokens, 3, 3))
@@ -427,7 +428,7 @@ def test_fullgraph_and_dynamic_length() -> None:
         want = torch.autograd.grad(block(x, shift, scale, rows), (x, shift, scale), upstream)
         for a, b in zip(got, want):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert traces - 4 <= 2, f"{traces - 4} traces for four lengths"
+    assert counter.frame_count <= 2, f"{counter.frame_count} compilations for four lengths"
 
 
 def test_meta_device() -> None:
