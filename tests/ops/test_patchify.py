@@ -52,7 +52,9 @@ def expected_tokens(videos: list[Tensor], layout: PackedLayout) -> Tensor:
 
 @pytest.mark.parametrize("chosen", BACKENDS)
 @pytest.mark.parametrize("order", ["raster", "tile"])
-@pytest.mark.parametrize(("patch", "dtype"), zip(PATCHES, [*DTYPES, torch.bfloat16], strict=True))
+@pytest.mark.parametrize(
+    ("patch", "dtype"), list(zip(PATCHES, [*DTYPES, torch.bfloat16], strict=True))
+)
 def test_both_directions_are_exact(chosen: str, order: str, patch: Any, dtype: torch.dtype) -> None:
     layout = pack(patch, order)
     videos = make_videos(layout, dtype=dtype)

@@ -1,0 +1,129 @@
+"""packed_attention: mixes of clips of different sizes, and equal ones, forward and backward."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sora_kernels.ops.packed_attention import packed_attention
+from sora_kernels.packing import PackedLayout, Text
+
+from .registry import DTYPES, Case, Context, Inputs, Unavailable, op_cases
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    lengths: tuple[int, ...]
+    heads: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def case(self) -> str:
+        return f"{self.name} {len(self.lengths)} segments {self.tokens}x{self.heads}x{self.width}"
+
+
+def mixed(tokens: int, shortest: int, longest: int) -> tuple[int, ...]:
+    """Lengths between the two, log-uniform, that sum to `tokens`; the same in every run."""
+    draw = random.Random(0)
+    lengths: list[int] = []
+    while (left := tokens - sum(lengths)) > 0:
+        lengths.append(min(left, round(shortest * (longest / shortest) ** draw.random())))
+    return tuple(lengths)
+
+
+QUICK = (Shape("mixed", mixed(3072, 64, 1024), 6, 64),)
+CPU = (
+    *QUICK,
+    Shape("equal", (256,) * 16, 6, 64),
+    Shape("one", (4096,), 6, 64),
+    Shape("dit-xl mixed", mixed(4096, 64, 2048), 16, 72),
+)
+CUDA = (
+    Shape("one", (8192,), 24, 128),
+    Shape("one", (32768,), 24, 128),
+    Shape("one", (115200,), 24, 128),  # HunyuanVideo, 720p
+    Shape("one", (32768,), 12, 64),
+    Shape("equal", (8192,) * 8, 24, 128),
+    Shape("mixed", mixed(131072, 1024, 32768), 24, 128),
+    Shape("dit-xl mixed", mixed(65536, 256, 16384), 16, 72),
+)
+
+
+def inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
+    shapes = (shape.tokens, 3, shape.heads, shape.width)
+    q, k, v = torch.randn(shapes, device=device).to(DTYPES[dtype]).unbind(1)
+    layout = PackedLayout([[Text(n)] for n in shape.lengths], device=device)
+    return {"q": q, "k": k, "v": v, "layout": layout}
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Any:
+    return packed_attention(q, k, v, layout)
+
+
+def per_segment(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Tensor:
+    """Plain PyTorch: one dense SDPA call for each segment. Nothing is padded or masked."""
+    pieces = []
+    for segment in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        q_s, k_s, v_s = (x.transpose(0, 1)[None] for x in segment)
+        pieces.append(F.scaled_dot_product_attention(q_s, k_s, v_s)[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def padded(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Tensor:
+    """Plain PyTorch: one batch, padded to the longest segment, with a mask of the padded keys."""
+    batch = [
+        torch.nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True).transpose(1, 2)
+        for x in (q, k, v)
+    ]
+    used = (
+        torch.arange(max(lengths), device=q.device)
+        < torch.tensor(lengths, device=q.device)[:, None]
+    )
+    out = F.scaled_dot_product_attention(*batch, attn_mask=used[:, None, None])
+    return out.transpose(1, 2)[used]
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Any:
+    if q.device.type != "cuda" or q.dtype is torch.float32:
+        raise Unavailable("torch.nn.attention.varlen runs in half precision on CUDA only")
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = layout.max_seqlen
+    return varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, longest, longest)
+
+
+def cases(context: Context) -> Iterable[Case]:
+    on_cuda = context.device == "cuda"
+    for shape in context.pick(quick=QUICK, full=CUDA if on_cuda else CPU):
+        for dtype in context.pick(quick=("fp32",), full=("bf16",) if on_cuda else ("fp32", "bf16")):
+            size = shape.tokens * shape.heads * shape.width * DTYPES[dtype].itemsize
+            flops = 4 * sum(n * n for n in shape.lengths) * shape.heads * shape.width
+            plain = partial(per_segment, shape.lengths)
+            peers = {"varlen_attn": varlen} if on_cuda else {}
+            if not context.quick and shape.name != "one" and shape.tokens <= 8192:
+                peers["padded"] = partial(padded, shape.lengths)
+            yield from op_cases(
+                "packed_attention",
+                shape.case,
+                dtype,
+                inputs=partial(inputs, shape, dtype),
+                ours=ours,
+                plain=plain,
+                compile=False,  # the loop is library calls: there is nothing to fuse
+                peers=peers,
+                bytes={"fwd": 4 * size, "bwd": 8 * size},
+                flops={"fwd": flops, "bwd": flops * 5 // 2},
+                grads=("q", "k", "v"),
+            )
