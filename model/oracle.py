@@ -150,7 +150,7 @@ def _direction(
         return None, True
     points = np.stack([x[frames], y[frames]], -1)
     for end in range(len(frames), 1, -1):
-        basis = np.stack([np.ones(end), frames[:end]], -1)
+        basis = np.stack([np.ones(end), frames[:end].astype(np.float64)], -1)
         fit, *_ = np.linalg.lstsq(basis, points[:end], rcond=None)
         error = np.abs(points[:end] - basis @ fit).max()
         if error <= _STRAIGHT * side or end == 2:
@@ -205,11 +205,14 @@ def judge(reading: Reading, truth: Scene | str | Sequence[Wanted]) -> Verdict:
     if not wanted:
         raise ValueError(f"truth: expected at least one object, got {truth!r}")
     best = max(_assignments(list(wanted), list(reading.objects)), key=sum)
-    return Verdict(*best[:3], count=len(reading.objects) == len(wanted))
+    shape, colour, direction = best
+    return Verdict(shape, colour, direction, count=len(reading.objects) == len(wanted))
 
 
-def _assignments(wanted: list[Wanted], objects: list[ObjectReading]) -> list[tuple[bool, ...]]:
-    """(shape, colour, direction right, number of right ones) of every way to pair them up."""
+def _assignments(
+    wanted: list[Wanted], objects: list[ObjectReading]
+) -> list[tuple[bool, bool, bool]]:
+    """(shape, colour, direction) right, for every way to pair wanted and read objects up."""
     if not wanted:
         return [(True, True, True)]
     if not objects:
@@ -223,5 +226,5 @@ def _assignments(wanted: list[Wanted], objects: list[ObjectReading]) -> list[tup
             want.direction in (None, item.direction),
         )
         for rest in _assignments(wanted[1:], objects[:number] + objects[number + 1 :]):
-            found.append(tuple(a and b for a, b in zip(here, rest, strict=True)))
+            found.append((here[0] and rest[0], here[1] and rest[1], here[2] and rest[2]))
     return found

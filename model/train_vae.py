@@ -86,7 +86,8 @@ def psnr(vae: VideoVAE, clips: Iterable[Tensor]) -> float:
 
 def optimisers(config: TrainConfig, module: torch.nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside, AdamW for the rim (first and last layers) and the gains."""
-    inner, other = [], []
+    inner: list[Tensor] = []
+    other: list[Tensor] = []
     for name, parameter in module.named_parameters():
         rim = "stem" in name or "head" in name
         (other if parameter.ndim < 2 or rim else inner).append(parameter)
@@ -169,7 +170,8 @@ class Run:
     def _average(self) -> None:
         since = self.step - (self.boundary if self.step >= self.boundary else 0)
         decay = min(self.config.ema, (since + 1) / (since + 10))
-        mean, now = list(self.average.parameters()), list(self.vae.parameters())
+        mean: list[Tensor] = list(self.average.parameters())
+        now: list[Tensor] = list(self.vae.parameters())
         torch._foreach_lerp_(mean, now, 1 - decay)
 
     def save(self, path: Path) -> None:

@@ -64,7 +64,9 @@ def world_report(vae: VideoVAE, count: int) -> tuple[dict[str, Any], list[tuple[
         backgrounds=WORLDS["tiny"].backgrounds,
     )
     right = {"shape": 0, "colour": 0, "direction": 0, "all": 0}
-    error, pixels, each, pairs = 0.0, 0, [], []
+    error, pixels = 0.0, 0
+    each: list[float] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for number in range(count):
         item = clip(number, "held_out" if number % 4 == 0 else "val", config=config)
         size = tuple(item.video.shape[1:])

@@ -226,7 +226,8 @@ def _attempt(
         labels.append((shape, colour, size, direction, speed))
     if len({label[1] for label in labels}) < count:
         return None
-    camera, camera_path = None, np.zeros((frames, 2))
+    camera: str | None = None
+    camera_path: np.ndarray = np.zeros((frames, 2))
     if kind == "camera":
         camera = str(rng.choice(["left", "right", "up", "down"]))
         pan = np.array(DIRECTIONS[camera]) * side * float(rng.uniform(0.02, 0.04))
