@@ -94,6 +94,19 @@ WORLDS: dict[str, WorldConfig] = {
         frames=((9, 0.70), (1, 0.15), (5, 0.05), (13, 0.05), (17, 0.05)),
         backgrounds=(("black", 0.5), ("gray", 0.25), ("white", 0.25)),
     ),
+    # The same things, but mostly the first of them: what is learnt there carries over to the rest.
+    "focused": WorldConfig(
+        kinds=(
+            ("one", 0.88), ("still", 0.04), ("bounce", 0.02), ("exit", 0.02),
+            ("two", 0.02), ("camera", 0.02),
+        ),
+        sizes=(
+            ((32, 32), 0.55), ((32, 48), 0.12), ((48, 32), 0.12), ((40, 40), 0.06),
+            ((48, 48), 0.05), ((32, 64), 0.05), ((64, 32), 0.05),
+        ),
+        frames=((9, 0.78), (1, 0.10), (5, 0.04), (13, 0.04), (17, 0.04)),
+        backgrounds=(("black", 0.5), ("gray", 0.25), ("white", 0.25)),
+    ),
     # Everything the world can show; for hardware that can learn it.
     "rich": WorldConfig(
         kinds=(
@@ -185,6 +198,7 @@ class TrainConfig:
     given: probability that a clip of several latent frames shows its first ones as given.
     no_prompt: probability that a clip is shown without its prompt (for guidance).
     learning_rate: peak of AdamW's.
+    shift: of the times towards noise, at the model's base size (see ``model.flow``).
     muon: peak of Muon's, for the matrices inside the blocks; 0 = AdamW for these too.
     """
 
@@ -199,6 +213,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
+    shift: float = 1.0
     ema: float = 0.998
     no_prompt: float = 0.1
     given: float = 0.2

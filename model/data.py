@@ -164,7 +164,7 @@ def make_batch(
         latents.append(latent)
         segments.append(clip_segment(len(caption), (t, h, w), dit.patch, known))
         tokens.append(sum(part.num_tokens for part in grids(segments[-1])))
-    shifts = torch.tensor([size_shift(n, dit.base_tokens) for n in tokens])
+    shifts = torch.tensor([size_shift(n, dit.base_tokens, train.shift) for n in tokens])
     times = shift_time(logit_normal(len(tokens), generator), shifts)
     inputs: list[Tensor] = []
     wanted: list[Tensor | None] = []
