@@ -121,6 +121,8 @@ def cases(context: Context) -> Iterable[Case]:
                     providers={
                         "sora_kernels": provider(run_ours, mode),
                         "plain": provider(partial(run_plain, dense_block, "turns"), mode),
+                        # The same with rotary embeddings in real numbers, as diffusers has them.
+                        "plain_real": provider(partial(run_plain, dense_block, "real_turns"), mode),
                         "compile": compiled(mode),
                     },
                 )
