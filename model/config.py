@@ -197,6 +197,7 @@ class TrainConfig:
     tokens: grid and text tokens of one pack, the batch of one step.
     given: probability that a clip of several latent frames shows its first ones as given.
     no_prompt: probability that a clip is shown without its prompt (for guidance).
+    detailed: probability that a prompt is the detailed caption, not the short one.
     learning_rate: peak of AdamW's.
     shift: of the times towards noise, at the model's base size (see ``model.flow``).
     muon: peak of Muon's, for the matrices inside the blocks; 0 = AdamW for these too.
@@ -216,21 +217,16 @@ class TrainConfig:
     shift: float = 1.0
     ema: float = 0.998
     no_prompt: float = 0.1
+    detailed: float = 0.5
     given: float = 0.2
     seed: int = 0
 
 
 TRAININGS: dict[str, TrainConfig] = {
     "tiny": TrainConfig("tiny", "tiny", clips=16384, tokens=1536, steps=3200, muon=0.02),
-    # Continues the former with `--init`, on more clips and from a lower peak.
+    # Continues the former with `--init`: more time on noisy clips, where prompts decide.
     "tiny-more": TrainConfig(
-        "tiny",
-        "tiny",
-        clips=24576,
-        tokens=1536,
-        steps=3600,
-        learning_rate=1.2e-3,
-        muon=0.012,
-        seed=1,
+        "tiny", "focused", clips=12288, tokens=1536, steps=2700, learning_rate=1.5e-3, muon=0.015,
+        shift=2.0, seed=1,
     ),
 }

@@ -154,7 +154,8 @@ def make_batch(
     segments, words, tokens, latents = [], [], [], []
     for index in clips:
         latent = cache.latent(index)
-        detailed, silent, known = rng.random() < 0.5, rng.random() < train.no_prompt, 0
+        detailed, silent = rng.random() < train.detailed, rng.random() < train.no_prompt
+        known = 0
         _, t, h, w = latent.shape
         frames = t // dit.patch[0]
         if rng.random() < train.given and frames > 1:
