@@ -226,7 +226,14 @@ TRAININGS: dict[str, TrainConfig] = {
     "tiny": TrainConfig("tiny", "tiny", clips=16384, tokens=1536, steps=3200, muon=0.02),
     # Continues the former with `--init`: more time on noisy clips, where prompts decide.
     "tiny-more": TrainConfig(
-        "tiny", "focused", clips=12288, tokens=1536, steps=2700, learning_rate=1.5e-3, muon=0.015,
-        shift=2.0, seed=1,
+        "tiny",
+        "focused",
+        clips=12288,
+        tokens=1536,
+        steps=2700,
+        learning_rate=1.5e-3,
+        muon=0.015,
+        shift=2.0,
+        seed=1,
     ),
 }
