@@ -38,10 +38,9 @@ def norm_modulate(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``(1 + scale) * (xhat * weight + bias) + shift`` with ``xhat`` the normalised ``x``.
 
-    The adaLN of DiT (arXiv 2212.09748) and its kin; conventions of the large models are listed in
-    ``docs/conventions.md``. Statistics and arithmetic are fp32, rounding follows ``law``. Any
-    width, any strides with ``x.stride(-1) == 1``; modulations may be chunks of a projection. The
-    backward is deterministic and computes only the gradients that are asked for.
+    The adaLN of DiT (arXiv 2212.09748) and its kin. Statistics and arithmetic are fp32, rounding
+    follows ``law``. Any width, any strides with ``x.stride(-1) == 1``; modulations may be chunks
+    of a projection. The backward is deterministic and computes only the gradients asked for.
 
     Args:
         x: ``[N, D]`` or ``[B, ..., D]``; fp32, bf16 or fp16 (fp64 runs the reference).
