@@ -49,6 +49,7 @@ def matrix_case(
             signature[name] = f"*{element}"
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
+    dots = _DOTS[kind] * (2 if config.dim2 else 1)
     return AotCase(
         name=f"{kind}_hd{head_dim}_{dtype}_sm{'_'.join(map(str, archs))}",
         kernel=kernel,
@@ -57,7 +58,9 @@ def matrix_case(
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         memory_bound=False,
-        dots=_DOTS[kind] * (2 if config.dim2 else 1),
+        # Beyond head dim 128 the 64 rows of a wgmma do not fit the registers of a backward on
+        # sm_90: it runs on 32 rows, by mma.sync.
+        dots=0 if 90 in archs and launch.block_m < 64 and head_dim > 128 else dots,
         divisible=tuple(n for n in signature if n.endswith("_ptr") or n.startswith("stride_")),
         archs=archs,
         fma_ok=dtype == "fp32",
@@ -95,7 +98,7 @@ def aot_cases() -> list[AotCase]:
     for head_dim, dtype, name in [*shapes, (64, torch.float32, "fp32")]:
         for kind in _KERNELS:
             launches: dict[Launch, list[int]] = {}
-            for arch in ARCHS:
+            for arch in ARCHS if dtype is torch.bfloat16 else (80, 90):
                 config = choose_config(head_dim, dtype, divmod(arch, 10))
                 launches.setdefault(getattr(config, kind), []).append(arch)
             for launch, archs in launches.items():

@@ -60,12 +60,15 @@ def choose_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
     if capability is None:
         return Config(INTERPRETER, INTERPRETER, INTERPRETER, dim1, dim2)
     if dtype is torch.float32:  # full-precision FMA: for tests, not for speed
-        small = Launch(32, 32, 4, 1) if head_dim <= 128 else Launch(16, 16, 4, 1)
+        small = Launch(32, 32, 8, 1) if dim1 + dim2 <= 64 else Launch(16, 16, 4, 1)
         return Config(small, small, small, dim1, dim2)
     major = capability[0]
     wide = dim1 + dim2
     if wide > 128:
-        return Config(Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), dim1, dim2)
+        fwd, small = Launch(64, 32, 8, 1), Launch(32, 32, 8, 1)
+        if major == 10:
+            return Config(fwd, Launch(64, 32, 8, 1), Launch(32, 64, 8, 1), dim1, dim2)
+        return Config(fwd, small, small, dim1, dim2)
     if major in (9, 10):
         fwd = Launch(128, 128, 8, 2 if wide > 64 else 3)
         dq = Launch(128, 64, 8, 2)

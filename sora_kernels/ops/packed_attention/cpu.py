@@ -100,17 +100,29 @@ def backward(
     if dlse is not None:
         q, k, v, out, dout = _fold_dlse(dlse, q, k, v, out, dout)
     head_dim = q.shape[-1] if dlse is None else q.shape[-1] - 1
-    grads = [x.new_zeros((*x.shape[:-1], head_dim)) for x in (q, k, v)]
-    for rows_q, rows_k, batch, _, _, is_causal, mask in _runs(cu_q, cu_k, q, k, causal):
+    runs = list(_runs(cu_q, cu_k, q, k, causal))
+    covered_q = sum(batch * len_q for _, _, batch, len_q, *_ in runs)
+    covered_k = sum(batch * len_k for _, _, batch, _, len_k, *_ in runs)
+    whole = len(runs) == 1 and covered_q == q.shape[0] and covered_k == k.shape[0]
+    full = (covered_q == q.shape[0], *[covered_k == k.shape[0]] * 2)
+    grads: list[Tensor] = []
+    if not whole:  # only rows that no run covers need the zeros
+        for x, all_rows in zip((q, k, v), full, strict=True):
+            shape = (*x.shape[:-1], head_dim)
+            grads.append(x.new_empty(shape) if all_rows else x.new_zeros(shape))
+    for rows_q, rows_k, batch, _, _, is_causal, mask in runs:
         parts = _backward(
             _batch(dout, rows_q, batch), _batch(q, rows_q, batch), _batch(k, rows_k, batch),
             _batch(v, rows_k, batch), _batch(out, rows_q, batch), _batch_lse(lse, rows_q, batch),
             0.0, is_causal, attn_mask=mask, scale=scale,
         )  # fmt: skip
+        if whole:  # already in our layout
+            grads = [part[..., :head_dim].transpose(1, 2).flatten(0, 1) for part in parts]
+            break
         for grad, part, rows in zip(grads, parts, (rows_q, rows_k, rows_k), strict=True):
             _batch(grad, rows, batch).copy_(part[..., :head_dim])
     empty = q.new_empty(0)
-    dq, dk, dv = grads
+    dq, dk, dv = (grad.contiguous() for grad in grads)
     return (
         dq if need_dq else empty,
         dk if need_dkv else empty.clone(),
@@ -123,8 +135,8 @@ def _fold_dlse(
 ) -> tuple[Tensor, ...]:
     """Inputs with one more column, for which PyTorch's backward adds the gradient of the LSE.
 
-    It computes ds = p * (dout v^T - sum(dout * out)). With v = 1, dout = dlse and out = 0 in the new
-    column that becomes p * (dout v^T + dlse - sum(dout * out)), and q = k = 0 leaves p alone.
+    It computes ds = p * (dout v^T - sum(dout * out)). With v = 1, dout = dlse and out = 0 in the
+    new column that is p * (dout v^T + dlse - sum(dout * out)), and q = k = 0 leaves p alone.
     """
     zero = q.new_zeros(())
 
