@@ -177,9 +177,7 @@ class BuildExt(build_ext):
         base = Path(torch.__file__).parent
         cxx = str(compiler())
         flags = f"{CXX_FLAGS} -I{ROOT}/csrc/common" + (" -DSORA_X86" if IS_X86 else "")
-        torch_flags = (
-            f"{flags} -std=c++20 -I{base}/include -DTORCH_TARGET_VERSION={STABLE_ABI}"
-        )
+        torch_flags = f"{flags} -std=c++20 -I{base}/include -DTORCH_TARGET_VERSION={STABLE_ABI}"
         objects = []
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             if source.stem.endswith("_kernels"):  # no torch headers; once per instruction set

@@ -81,9 +81,9 @@ def end_to_end() -> str:
                 f"{row['op']} {row['case']}: {name}",
                 f"{row['p50_ms']:.0f}",
                 "-" if rate is None else f"{rate:.2f}",
-                "" if row["provider"] == OURS else against(
-                    ours[row["op"], row["case"]], row["provider"]
-                ),
+                ""
+                if row["provider"] == OURS
+                else against(ours[row["op"], row["case"]], row["provider"]),
             ]
         )
     header = ("way", "ms", "clips/s", "ours is faster by")
@@ -110,7 +110,16 @@ def scores() -> str:
         ]
         for row in report["rows"]
     ]
-    header = ("prompts", "shape", "colour", "direction", "all", "VAE ceiling", "true clip", "chance")
+    header = (
+        "prompts",
+        "shape",
+        "colour",
+        "direction",
+        "all",
+        "VAE ceiling",
+        "true clip",
+        "chance",
+    )
     return table(header, rows)
 
 

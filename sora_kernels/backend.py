@@ -7,12 +7,14 @@ Every op has up to three implementations:
 - ``triton``: Triton kernels on CUDA (and on the CPU when ``TRITON_INTERPRET=1``, for tests).
 
 The public function of an op asks :func:`choose` once and hands the answer to forward and backward
-alike. The helpers :func:`define`, :func:`implement`, :func:`fake` and :func:`guard_autograd`
-register the raw ops ``torch.ops.sora_kernels.*``.
+alike; :func:`implementation` turns it into a callable. :func:`register` registers the raw ops
+``torch.ops.sora_kernels.*``.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import os
 import warnings
@@ -91,6 +93,46 @@ def guard_autograd(op: str) -> None:
             return overload(*args)
 
     _library.impl(op, guarded, "Autograd")
+
+
+def register(
+    op: str,
+    forward: str,
+    backward: str,
+    fake_forward: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+) -> None:
+    """Defines the raw ops ``<op>_fwd`` and ``<op>_bwd`` of an op folder.
+
+    ``forward`` and ``backward`` are schemas without the name. On CUDA they run ``forward`` and
+    ``backward`` of the folder's ``kernels.py``, on the CPU what the C++ library has.
+    """
+    for direction, schema, shapes in (
+        ("fwd", forward, fake_forward),
+        ("bwd", backward, fake_backward),
+    ):
+        name = f"{op}_{direction}"
+        define(name + schema)
+        fake(name, shapes)
+        implement(name, "CUDA", functools.partial(_launch, op, direction))
+        guard_autograd(name)
+
+
+def _launch(op: str, direction: str, *args: Any) -> Any:
+    return _launcher(op, direction)(*args)
+
+
+def _launcher(op: str, direction: str) -> Callable[..., Any]:
+    """The Triton launcher of an op. Imported late: a machine without Triton needs none."""
+    kernels = importlib.import_module(f"{NAMESPACE}.ops.{op}.kernels")
+    return kernels.forward if direction == "fwd" else kernels.backward
+
+
+def implementation(op: str, direction: str, chosen: str, tensor: Tensor) -> Callable[..., Any]:
+    """What runs ``op`` ("fwd" or "bwd") for a backend other than the reference."""
+    if chosen == "triton" and not tensor.is_cuda:  # the interpreter
+        return _launcher(op, direction)
+    return getattr(getattr(torch.ops, NAMESPACE), f"{op}_{direction}")
 
 
 # --- choice -------------------------------------------------------------------------------------

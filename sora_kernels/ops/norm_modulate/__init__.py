@@ -49,7 +49,8 @@ def norm_modulate(
         weight, bias: ``[D]``, the affine part of the norm, or None.
         norm: ``"layer"`` (mean removed) or ``"rms"``.
         eps: added to the variance or mean square.
-        rows: a :class:`RowMap`; modulations are then ``[R, D]``, token n uses row ``rows.index[n]``.
+        rows: a :class:`RowMap`; modulations are then ``[R, D]``, token n uses row
+            ``rows.index[n]``.
         per: without ``rows``: ``"sample"`` (default) ``[B, D]`` (``[1, D]`` for ``x`` ``[N, D]``),
             ``"frame"`` ``[B, F, D]`` with F dividing the tokens of a sample, ``"token"`` the shape
             of ``x``, ``"all"`` ``[D]``.
@@ -132,12 +133,7 @@ def _forward(
     chosen: str, x: Tensor, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, rms, eps, law, out_dtype = options
-    if chosen == "triton" and not x.is_cuda:  # the interpreter
-        from . import kernels
-
-        run = kernels.forward
-    else:
-        run = torch.ops.sora_kernels.norm_modulate_fwd
+    run = _backend.implementation(OP, "fwd", chosen, x)
     return run(x, *tensors, rows.index, rows.tokens_per_row, eps, rms, law, out_dtype)
 
 
@@ -169,12 +165,7 @@ class _NormModulate(torch.autograd.Function):
             needs[6],
             needs[7],
         )
-        if ctx.chosen == "triton" and not x.is_cuda:
-            from . import kernels
-
-            run = kernels.backward
-        else:
-            run = torch.ops.sora_kernels.norm_modulate_bwd
+        run = _backend.implementation(OP, "bwd", ctx.chosen, x)
         dx, dweight, dbias, dshift, dscale, dshift2, dscale2 = run(
             as_tokens(dy),
             None if dy2 is None else as_tokens(dy2),
@@ -215,15 +206,6 @@ _TENSORS = (
     "Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, Tensor? shift_table, "
     "Tensor? scale_table, Tensor? shift2, Tensor? scale2, Tensor? index, "
 )
-_backend.define(
-    f"norm_modulate_fwd(Tensor x, {_TENSORS} SymInt tokens_per_row, float eps, bool rms, int law, "
-    "ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_backend.define(
-    f"norm_modulate_bwd(Tensor dy, Tensor? dy2, Tensor x, Tensor mean, Tensor rstd, {_TENSORS} "
-    "Tensor? order, Tensor? offsets, SymInt tokens_per_row, bool rms, int law, int needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def _fake_fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -258,21 +240,13 @@ def _fake_bwd(dy: Tensor, dy2: Tensor | None, x: Tensor, *args: Any) -> tuple[Te
     )
 
 
-def _cuda_fwd(*args: Any) -> tuple[Tensor, ...]:
-    from . import kernels
-
-    return kernels.forward(*args)
-
-
-def _cuda_bwd(*args: Any) -> tuple[Tensor, ...]:
-    from . import kernels
-
-    return kernels.backward(*args)
-
-
-_backend.fake("norm_modulate_fwd", _fake_fwd)
-_backend.fake("norm_modulate_bwd", _fake_bwd)
-_backend.implement("norm_modulate_fwd", "CUDA", _cuda_fwd)
-_backend.implement("norm_modulate_bwd", "CUDA", _cuda_bwd)
-_backend.guard_autograd("norm_modulate_fwd")
-_backend.guard_autograd("norm_modulate_bwd")
+_backend.register(
+    OP,
+    f"(Tensor x, {_TENSORS} SymInt tokens_per_row, float eps, bool rms, int law, "
+    "ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dy, Tensor? dy2, Tensor x, Tensor mean, Tensor rstd, {_TENSORS} Tensor? order, "
+    "Tensor? offsets, SymInt tokens_per_row, bool rms, int law, int needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_fwd,
+    _fake_bwd,
+)

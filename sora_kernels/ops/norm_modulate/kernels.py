@@ -56,9 +56,7 @@ def _modulate(
     y = normed
     if scale_ptr is not None:
         offsets = rows * scale_stride + cols
-        one_plus = _one_plus(
-            scale_ptr, scale_table_ptr, offsets, cols, mask, cols_mask, LAW, dtype
-        )
+        one_plus = _one_plus(scale_ptr, scale_table_ptr, offsets, cols, mask, cols_mask, LAW, dtype)
         y = round_if(y * one_plus, LAW, PRODUCT, dtype)
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + rows * shift_stride + cols, mask=mask, other=0.0)
@@ -200,7 +198,7 @@ def _norm_modulate_bwd_kernel(
     dweight = tl.zeros([BLOCK_D], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_D], dtype=tl.float32)
 
-    for i in range(0, end - start):
+    for i in range(end - start):
         position = start + i
         n = position
         if order_ptr is not None:
@@ -228,9 +226,7 @@ def _norm_modulate_bwd_kernel(
         dnormed = dy
         if scale_ptr is not None:
             offsets = row * scale_stride + cols
-            dnormed *= _one_plus(
-                scale_ptr, scale_table_ptr, offsets, cols, mask, mask, LAW, dtype
-            )
+            dnormed *= _one_plus(scale_ptr, scale_table_ptr, offsets, cols, mask, mask, LAW, dtype)
         dshift += dy
         dscale += dy * normed
         if dy2_ptr is not None:
@@ -469,8 +465,8 @@ def aot_cases() -> list[AotCase]:
                   "scale2_ptr", "index_ptr", "y2_ptr")  # fmt: skip
         integers = ("tokens", "width", "per_batch", *strides, "shift2_stride", "scale2_stride",
                     "tokens_per_row")  # fmt: skip
-        for law in (0, int(Point.AFFINE | Point.ONE_PLUS | Point.PRODUCT)) if width == 1536 else (
-            0,
+        for law in (
+            (0, int(Point.AFFINE | Point.ONE_PLUS | Point.PRODUCT)) if width == 1536 else (0,)
         ):
             cases.append(
                 AotCase(
