@@ -36,7 +36,10 @@ if IS_X86:
         "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
     )
 # -ffp-contract=off: a fused multiply-add would skip a rounding that a law may ask for.
-CXX_FLAGS = "-O3 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-uninitialized"
+CXX_FLAGS = (
+    "-O3 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas "
+    "-Wno-maybe-uninitialized -Wno-uninitialized"  # GCC 12 warns of its own immintrin.h
+)
 CUDA_ARCHES = "8.0;9.0;10.0;12.0+PTX"
 
 

@@ -1,4 +1,4 @@
-"""Fills the tables of README.md from committed result files: `python -m benchmarks.readme [--check]`.
+"""Fills the tables of README.md from result files: `python -m benchmarks.readme [--check]`.
 
 Between `<!-- table NAME -->` and `<!-- end -->` nothing is written by hand. `--check` writes
 nothing and fails if README does not match the files.

@@ -48,10 +48,12 @@ def run(arguments: dict[str, Any], upstream: list[Tensor], **options: Any) -> di
     outputs = list(y) if isinstance(y, tuple) else [y]
     wanted = {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad}
     grads = torch.autograd.grad(
-        outputs, list(wanted.values()), [u.to(o.dtype) for u, o in zip(upstream, outputs)]
+        outputs,
+        list(wanted.values()),
+        [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)],
     )
     results = {f"y{i}": o.detach() for i, o in enumerate(outputs)}
-    return results | {f"d{name}": g for name, g in zip(wanted, grads)}
+    return results | {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
 
 
 def compare(
@@ -189,7 +191,7 @@ def eager_torch(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: T
 def eager_diffusers_rms(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor
 ) -> Tensor:
-    """What the law "diffusers_rms" stands for: diffusers.models.normalization.RMSNorm, modulated."""
+    """What the law "diffusers_rms" stands for: diffusers' own RMSNorm, modulated."""
     xhat = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
     return (xhat.to(x.dtype) * weight) * (1 + scale) + shift
 
@@ -426,7 +428,7 @@ def test_fullgraph_and_dynamic_length() -> None:
         upstream = randn(tokens, 16, seed=5)
         got = torch.autograd.grad(compiled(x, shift, scale, rows), (x, shift, scale), upstream)
         want = torch.autograd.grad(block(x, shift, scale, rows), (x, shift, scale), upstream)
-        for a, b in zip(got, want):
+        for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert counter.frame_count <= 2, f"{counter.frame_count} compilations for four lengths"
 
