@@ -8,7 +8,7 @@ those are the ceilings. Rates come with 95% Wilson intervals.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Suite:
-    """Scenes of one kind. size: (height, width).
+    """Scenes of one kind. size: (height, width). given: known first frames, 1 + 4k, or 0.
 
     chance: rate of a clip that shows any object, drawn evenly from the world's words, for "all".
     """
@@ -43,6 +43,7 @@ class Suite:
     chance: float
     held_out: bool = False
     detailed: bool = False
+    given: int = 0
 
 
 ONE = 1 / (4 * 6 * 8)
@@ -58,6 +59,8 @@ SUITES: tuple[Suite, ...] = (
     Suite("frames_17", "one", (32, 32), 17, ONE),
     Suite("image", "image", (32, 32), 1, 1 / 24),
     Suite("still", "still", (32, 32), 9, ONE * 8 / 9),
+    Suite("image_to_video", "one", (32, 32), 9, 1 / 8, given=1),
+    Suite("continue_5_frames", "one", (32, 32), 13, 1 / 8, given=5),
     Suite("two_objects", "two", (32, 48), 9, 2 * ONE**2),
 )
 
@@ -110,7 +113,7 @@ def in_packs(
     sizes: Sequence[Size],
     seed: int,
     sampling: Sampling,
-    progress: Callable[[int], None] | None = None,
+    starts: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """Generates the clips, as many at a time as BATCH_TOKENS allow."""
     clips: list[Tensor] = []
@@ -118,9 +121,14 @@ def in_packs(
     at_once = max(1, BATCH_TOKENS * volume // max(math.prod(size.latent) for size in sizes))
     for start in range(0, len(prompts), at_once):
         part = slice(start, start + at_once)
-        clips += generate(stack, prompts[part], sizes[part], seed=seed + start, sampling=sampling)
-        if progress is not None:
-            progress(len(clips))
+        clips += generate(
+            stack,
+            prompts[part],
+            sizes[part],
+            seed=seed + start,
+            sampling=sampling,
+            starts=starts[part],
+        )
     return clips
 
 
@@ -138,8 +146,9 @@ def evaluate(
     prompts = [captions(scene)[int(suite.detailed)] for scene in scenes]
     height, width = suite.size
     sizes = [Size(width, height, suite.frames)] * count
-    made = in_packs(stack, prompts, sizes, seed, sampling)
     true = [render(scene) for scene in scenes]
+    starts = [clip[:, : suite.given] if suite.given else None for clip in true]
+    made = in_packs(stack, prompts, sizes, seed, sampling, starts)
     trip = [
         stack.vae.decode(stack.vae.encode(clip[None].to(stack.device)))[0].cpu() for clip in true
     ]

@@ -86,27 +86,31 @@ def generate(
     *,
     seed: int = 0,
     sampling: Sampling = DEFAULT,
-    images: Sequence[Tensor | None] | None = None,
+    starts: Sequence[Tensor | None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Clips [3, T, H, W] in [-1, 1], one per prompt, all sampled in one pack.
 
-    Clip i has the noise of `seed + i`. images: a first frame [3, 1, H, W] for each clip, or None.
+    Clip i has the noise of `seed + i`. starts: for each clip its known first frames
+    [3, 1 + 4k, H, W], or None. They come back as the VAE decodes them.
 
     Raises:
-        UnknownWords, ValueError: a prompt that the model cannot read, an image of another size.
+        UnknownWords, ValueError: a prompt that the model cannot read, a start that does not fit.
     """
     config = stack.dit.config
     requests = []
     for i, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
-        image = None if images is None else images[i]
+        start = None if starts is None else starts[i]
         given = None
-        if image is not None:
-            if image.shape != (3, 1, size.height, size.width):
+        if start is not None:
+            frames = start.shape[1]
+            fits = frames % TIME_STRIDE == 1 and frames < size.frames
+            if not fits or start.shape != (3, frames, size.height, size.width):
                 raise ValueError(
-                    f"image: expected [3, 1, {size.height}, {size.width}], got {list(image.shape)}"
+                    f"starts: expected [3, 1 + {TIME_STRIDE}k, {size.height}, {size.width}] with "
+                    f"fewer than {size.frames} frames, got {list(start.shape)}"
                 )
-            given = stack.vae.encode(image[None].to(stack.device))[0]
+            given = stack.vae.encode(start[None].to(stack.device))[0]
         words = stack.words.encode(prompt, config.max_words)
         requests.append(Request(words, size.latent, seed + i, given))
     latents = sample(stack.dit, requests, sampling, progress)
@@ -146,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance: expected a finite number, got {args.guidance}")
     image = None
+    if args.image is not None and args.frames == 1:
+        raise ValueError("--image: expected --frames 5 or more to continue it, got 1")
     if args.image is not None:
         image = read_image(args.image)
         inside = tuple(image.shape[:1:-1])
@@ -165,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             [size],
             seed=args.seed,
             sampling=Sampling(args.steps, args.guidance),
-            images=[image],
+            starts=[image],
             progress=lambda done: bar.update(task, completed=done),
         )
     if args.out.suffix.lower() == ".png":

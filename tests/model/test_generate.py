@@ -63,9 +63,11 @@ def test_first_frame_may_be_given(folder: Path, tmp_path: Path) -> None:
     stack = generate.load_stack(folder)
     image = torch.rand(3, 1, 16, 24) * 2 - 1
     few, size = Sampling(steps=2), generate.Size(24, 16, 5)
-    (clip,) = generate.generate(stack, [PROMPT], [size], sampling=few, images=[image])
+    (clip,) = generate.generate(stack, [PROMPT], [size], sampling=few, starts=[image])
     first = stack.vae.decode(stack.vae.encode(image[None]))[0]
     torch.testing.assert_close(clip[:, :1], first, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="starts: expected"):
+        generate.generate(stack, [PROMPT], [size], starts=[image.expand(3, 5, 16, 24)])
     write_image(tmp_path / "first.png", image)
     generate.main(command(folder, tmp_path / "a.mp4", "--image", str(tmp_path / "first.png")))
     assert read_video(tmp_path / "a.mp4")[0].shape == (3, 9, 16, 24)
@@ -143,7 +145,7 @@ def test_wilson_interval_against_known_values() -> None:
 
 def test_evaluation_writes_every_row(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "e.json"
-    names = ["one_object", "held_out", "two_objects", "image"]
+    names = ["one_object", "held_out", "image", "image_to_video", "two_objects"]
     only = [text for name in names for text in ("--only", name)]
     evaluate.main(["--checkpoint", str(folder), "--json", str(out), "--clips", "2",
                    "--steps", "1", "--quiet", *only])  # fmt: skip
