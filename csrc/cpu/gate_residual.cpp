@@ -77,8 +77,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Optional y, Tensor mean
                   "sora_kernels: y: expected a tensor, got None");
   STD_TORCH_CHECK(gate || norm != 0, "sora_kernels: gate: expected a tensor without a norm");
 
-  Tensor none = empty(dout, {0}, ScalarType::Float);
-  Tensor dy = none, dgate = none, dweight = none, gate_partial = none, weight_partial = none;
+  auto none = [&] { return empty(dout, {0}, ScalarType::Float); };  // results must not alias
+  Tensor dy = none(), dgate = none(), dweight = none();
+  Tensor gate_partial = none(), weight_partial = none();
   const int64_t blocks = (a.tokens + kGateBlock - 1) / kGateBlock;
   const bool spans = index || tokens_per_row != 1;
   if (needs & 1) {

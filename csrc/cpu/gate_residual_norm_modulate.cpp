@@ -108,9 +108,8 @@ Gradients backward(Optional dresidual, Tensor dnormed, Tensor x, Optional y, Opt
   const int64_t blocks = (a.tokens + kGrnmBlock - 1) / kGrnmBlock;
   const bool spans = index || tokens_per_row != 1;
 
-  Tensor none = empty(x, {0}, ScalarType::Float);
-  Tensor grads[9] = {none, none, none, none, none, none, none, none, none};
-  std::vector<Tensor> partials;
+  std::vector<Tensor> grads, partials;
+  for (int i = 0; i < 9; ++i) grads.push_back(empty(x, {0}, ScalarType::Float));
   partials.reserve(6);
   auto partial = [&](std::vector<int64_t> shape) {
     partials.push_back(empty(x, shape, ScalarType::Float));

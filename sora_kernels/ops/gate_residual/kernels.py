@@ -273,9 +273,8 @@ def backward(
     block_d, block_tokens, num_warps = config.backward(tokens, width, norm > 0)
     blocks = triton.cdiv(tokens, block_tokens)
 
-    none = dout.new_empty(0, dtype=torch.float32)
     dy = dout.new_empty(dout.shape if needs & DY else (0,), dtype=y_dtype)
-    dgate = none
+    dgate = dout.new_empty(0, dtype=torch.float32)
     if needs & DGATE and gate is not None:
         # A gradient that is summed further, over rows (tables), stays fp32.
         dtype = gate.dtype if gate_table is None else torch.float32
@@ -326,9 +325,9 @@ def backward(
         finish_rows(dgate, partial, rows, block_tokens)
     # torch.sum over the blocks is deterministic: stage two of the vector.
     return (
-        dy if needs & DY else none,
+        dy if needs & DY else dy.float(),
         dgate,
-        dweight.sum(0) if needs & DWEIGHT else none,
+        dweight.sum(0) if needs & DWEIGHT else dweight.flatten(),
     )
 
 

@@ -253,14 +253,13 @@ def backward(
     """
     batch, length, width = x.shape
     tokens = batch * length
-    none = x.new_empty(0, dtype=torch.float32)
 
     def like_x(bit: int, dtype: torch.dtype) -> Tensor:
         return x.new_empty(x.shape if needs & bit else (0,), dtype=dtype)
 
     def like_rows(bit: int, of: Tensor | None, table: Tensor | None) -> Tensor:
         if not needs & bit or of is None:
-            return none
+            return x.new_empty(0, dtype=torch.float32)
         # A gradient that is summed further, over rows (tables), stays fp32.
         return of.new_empty(of.shape, dtype=of.dtype if table is None else torch.float32)
 
@@ -339,13 +338,13 @@ def backward(
             finish_rows(grad, partial[slot] if spans else partial, rows, block_tokens)
     # torch.sum over the blocks is deterministic: stage two of the vectors.
     return (
-        dx if needs & DX else none,
-        dy if needs & DY else none,
-        dy2 if needs & DY2 else none,
+        dx if needs & DX else dx.float(),
+        dy if needs & DY else dy.float(),
+        dy2 if needs & DY2 else dy2.float(),
         dgate,
         dgate2,
-        dweight.sum(0) if needs & DWEIGHT else none,
-        dbias.sum(0) if needs & DBIAS else none,
+        dweight.sum(0) if needs & DWEIGHT else dweight.flatten(),
+        dbias.sum(0) if needs & DBIAS else dbias.flatten(),
         dshift,
         dscale,
     )
