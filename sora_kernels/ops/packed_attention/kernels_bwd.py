@@ -265,18 +265,18 @@ def _packed_attention_bwd_kernel_dkv(
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_q: Tensor, cu_k: Tensor, work_dq: Tensor, work_dkv: Tensor, scale: float, causal: bool,
-    need_dq: bool, need_dkv: bool, config: Config,
+    cu_q: Tensor, cu_k: Tensor, work_dq: Tensor | None, work_dkv: Tensor | None, scale: float,
+    causal: bool, need_dq: bool, need_dkv: bool, config: Config,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv); what is not needed comes back empty."""
+    """(dq, dk, dv); what is not needed comes back empty, and its work list may be None."""
     num_tokens, heads, head_dim = q.shape
     heads_k = k.shape[1]
     dq = q.new_empty(q.shape if need_dq else (0,))
     # Grouped heads: each query head writes its own fp32 share, and the shares are summed in order.
     group = heads // heads_k
-    share = {"dtype": torch.float32 if group > 1 else k.dtype}
-    dk = k.new_empty((k.shape[0], heads, head_dim) if need_dkv else (0,), **share)
-    dv = v.new_empty((k.shape[0], heads, head_dim) if need_dkv else (0,), **share)
+    share = torch.float32 if group > 1 else k.dtype
+    dk = k.new_empty((k.shape[0], heads, head_dim) if need_dkv else (0,), dtype=share)
+    dv = v.new_empty((k.shape[0], heads, head_dim) if need_dkv else (0,), dtype=share)
     if dout.stride(-1) != 1:  # an expanded gradient; the kernels read rows
         dout = dout.contiguous()
     delta = q.new_empty((heads, num_tokens), dtype=torch.float32)
@@ -293,6 +293,7 @@ def backward(
     )  # fmt: skip
     dims = {"D": head_dim, "D1": config.dim1, "D2": config.dim2, "UPCAST": upcast(q)}
     if need_dkv and k.shape[0]:
+        assert work_dkv is not None
         launch = config.dkv
         _packed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_q, cu_k,
@@ -301,6 +302,7 @@ def backward(
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     if need_dq and num_tokens:
+        assert work_dq is not None
         launch = config.dq
         _packed_attention_bwd_kernel_dq[grid(work_dq.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dq, work_dq, cu_q, cu_k,
