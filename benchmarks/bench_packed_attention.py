@@ -83,15 +83,15 @@ def per_segment(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, layou
 
 def padded(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Tensor:
     """Plain PyTorch: one batch, padded to the longest segment, with a mask of the padded keys."""
-    batch = [
+    q_p, k_p, v_p = (
         torch.nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True).transpose(1, 2)
         for x in (q, k, v)
-    ]
+    )
     used = (
         torch.arange(max(lengths), device=q.device)
         < torch.tensor(lengths, device=q.device)[:, None]
     )
-    out = F.scaled_dot_product_attention(*batch, attn_mask=used[:, None, None])
+    out = F.scaled_dot_product_attention(q_p, k_p, v_p, attn_mask=used[:, None, None])
     return out.transpose(1, 2)[used]
 
 

@@ -1,4 +1,4 @@
-"""RowMap: which modulation row each token uses, and the inverse that a deterministic backward needs."""
+"""RowMap: which modulation row each token uses, and the inverse that the backward needs."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def _forward(
     if chosen == "triton" and not x.is_cuda:  # the interpreter
         from . import kernels
 
-        run = kernels.forward
+        run: Any = kernels.forward
     else:
         run = torch.ops.sora_kernels.gate_residual_fwd
     return run(x, y, *tensors, rows.index, rows.tokens_per_row, tanh, NORMS[norm], eps, law)
@@ -159,6 +159,9 @@ class _GateResidual(torch.autograd.Function):
         dx = dout if needs_x else None
         if gate is None and norm is None:
             return (dx, dout.to(ctx.y_dtype) if needs_y else None, *(None,) * 6)
+        dy: Any
+        dgate: Any
+        dweight: Any
         dy = dgate = dweight = None
         if needs:
             if ctx.chosen == "triton" and not dout.is_cuda:

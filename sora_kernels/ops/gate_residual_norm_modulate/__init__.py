@@ -197,7 +197,7 @@ def _forward(
     if chosen == "triton" and not x.is_cuda:  # the interpreter
         from . import kernels
 
-        run = kernels.forward
+        run: Any = kernels.forward
     else:
         run = torch.ops.sora_kernels.gate_residual_norm_modulate_fwd
     return run(x, y, y2, *tensors, rows.index, rows.tokens_per_row, eps, rms, law, out_dtype)
@@ -256,7 +256,7 @@ class _GateResidualNormModulate(torch.autograd.Function):
         if ctx.chosen == "triton" and not x.is_cuda:
             from . import kernels
 
-            run = kernels.backward
+            run: Any = kernels.backward
         else:
             run = torch.ops.sora_kernels.gate_residual_norm_modulate_bwd
         dx, dy, dy2, dgate, dgate2, dweight, dbias, dshift, dscale = run(

@@ -100,6 +100,7 @@ def norm_modulate(
         mods["scale2"],
     )
     chosen = _choose(x)
+    outputs: Any
     if chosen == "reference":
         outputs = _reference(x, tensors, options)
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
