@@ -116,9 +116,11 @@ def qk_norm_rope(
             q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, position_index, tuple(axes),
             norm=norm, eps=eps, pairing=pairing, points=_point_names(mask),
         )  # fmt: skip
-    tensors = (q, k, q_weight, k_weight, q_bias, k_bias)
+    tensors: tuple[Tensor | None, ...] = (q, k, q_weight, k_weight, q_bias, k_bias)
     rest = (cos, sin, position_index, list(axes), norm_code, eps, pairing_code, mask)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if torch.compiler.is_compiling():
+            tensors = _distinct(tensors)
         yq, yk = _QkNormRope.apply(chosen, *tensors, *rest)
         return yq, yk
     yq, yk = _forward(chosen)(*tensors, *rest)
@@ -277,10 +279,10 @@ class _QkNormRope(torch.autograd.Function):
         out: list[Tensor | None] = [None] * 6
         if needs:
             # The side without a gradient is not touched; its stand-in only fills the argument.
-            dyq, dyk = (
-                _dense(dyq if dyq is not None else dyk),
-                _dense(dyk if dyk is not None else dyq),
-            )
+            dyq = dyk if dyq is None else dyq
+            dyk = dyq if dyk is None else dyk
+            assert dyq is not None and dyk is not None
+            dyq, dyk = _dense(dyq), _dense(dyk)
             computed = _backward(ctx.chosen)(
                 dyq, dyk, q if q is not None else dyq, k if k is not None else dyk,
                 q_weight, k_weight, cos, sin, position_index, *ctx.statics, needs,
@@ -291,6 +293,16 @@ class _QkNormRope(torch.autograd.Function):
                 if grad is not None and grad.dtype != dtype:
                     out[2 + i] = grad.to(dtype)
         return None, *out, *([None] * (3 + len(ctx.statics)))
+
+
+def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Views for repetitions: torch.compile refuses one tensor for two inputs of a Function."""
+    result = list(tensors)
+    for i in (1, 3, 5):
+        t = tensors[i]
+        if t is not None and t is tensors[i - 1]:
+            result[i] = t.view_as(t)
+    return tuple(result)
 
 
 def _dense(grad: Tensor) -> Tensor:

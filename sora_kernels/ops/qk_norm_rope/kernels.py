@@ -402,8 +402,8 @@ def _aot_case(
     from ...aot import AotCase
 
     signature, constexprs = {}, dict(overrides)
-    fp32 = ("cos_ptr", "sin_ptr", "q_partial_ptr", "k_partial_ptr")
-    fp32 += ("q_weight_ptr", "k_weight_ptr", "q_bias_ptr", "k_bias_ptr")
+    fp32 = {"cos_ptr", "sin_ptr", "q_partial_ptr", "k_partial_ptr"}
+    fp32 |= {"q_weight_ptr", "k_weight_ptr", "q_bias_ptr", "k_bias_ptr"}
     for arg in kernel.arg_names:
         if arg in absent:
             constexprs[arg] = None
