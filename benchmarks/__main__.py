@@ -157,6 +157,7 @@ def _run(options: argparse.Namespace) -> int:
     except ValueError as error:
         _refuse(str(error))
     results = Results()
+    load_before = round(os.getloadavg()[0], 2)  # of others: this run has done nothing yet
     try:
         with _progress(options.quiet) as bar:
             task = bar.add_task("ceilings", total=len(cases))
@@ -177,7 +178,7 @@ def _run(options: argparse.Namespace) -> int:
         return 1
     env = describe(device, quick=options.quick, variables=PINNED)
     env |= {"skipped": results.skipped, "errors": results.errors}
-    env["backends"] = explain().splitlines()
+    env |= {"backends": explain().splitlines(), "load_before": load_before}
     report = {
         "schema": SCHEMA,
         "env": env,

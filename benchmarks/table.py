@@ -61,6 +61,12 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         f"matmul {ceilings['matmul_tflops']:.3g} TFLOP/s ({ceilings.get('matmul_dtype', '')})",
         highlight=False,
     )
+    if device_busy(env):
+        console.print(
+            f"the machine was busy before the run (load {env['load_before']} on {env['cores']} "
+            "cores): trust ratios and their intervals, not milliseconds",
+            highlight=False,
+        )
     for line in env.get("backends", []):
         if ": reference" in line:  # then "ours" is plain PyTorch too, and its time says little
             console.print(f"not the fast path: {line}", markup=False, highlight=False)
@@ -68,6 +74,11 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         console.print(
             f"skipped {note['provider']} in {note['case']}: {note['reason']}", markup=False
         )
+
+
+def device_busy(env: Mapping[str, Any]) -> bool:
+    """Whether other programs held over a quarter of the cores when a CPU run began."""
+    return env.get("device") == "cpu" and env.get("load_before", 0) > 0.25 * env["cores"]
 
 
 def _case(row: Mapping[str, Any]) -> str:

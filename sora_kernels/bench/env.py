@@ -63,7 +63,6 @@ def describe(device: str, *, quick: bool, variables: Iterable[str] = ()) -> dict
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "pinned": {name: os.environ.get(name) for name in variables},
     }
     if device == "cuda":
