@@ -305,6 +305,9 @@ def test_configs_fit_every_head_dim() -> None:
         for capability in ((8, 0), (9, 0), (10, 0), (12, 0), None):
             config = choose_config(head_dim, torch.bfloat16, capability)
             assert (config.dim1, config.dim2) == (dim1, dim2)
+        for dtype in (torch.float32, torch.bfloat16):
+            config = choose_config(head_dim, dtype, (9, 0))
+            assert config.fwd.block_n >= 32  # halved at the edges; tl.dot needs 16
     assert split_head_dim(72) == (64, 16)
     assert split_head_dim(96) == (64, 32)
     assert split_head_dim(112) == (128, 0)
