@@ -130,6 +130,34 @@ def _forward(
     return run(x, y, *tensors, rows.index, rows.tokens_per_row, tanh, NORMS[norm], eps, law)
 
 
+def _backward(chosen: str, dout: Tensor) -> Any:
+    if chosen == "triton" and not dout.is_cuda:  # the interpreter
+        from . import kernels
+
+        return kernels.backward
+    return torch.ops.sora_kernels.gate_residual_bwd
+
+
+def branch_gradients(
+    chosen: str,
+    dout: Tensor,
+    y: Tensor | None,
+    gate: Tensor,
+    gate_table: Tensor | None,
+    rows: RowMap,
+    law: int,
+    y_dtype: torch.dtype,
+    needs: int,
+) -> tuple[Tensor, Tensor]:
+    """dy and dgate of ``gate * y`` for ``dout`` ``[B, L, D]``; for ops built on this one."""
+    nothing = dout.new_empty(0, dtype=torch.float32)
+    dy, dgate, _ = _backward(chosen, dout)(
+        dout, y, nothing, nothing, gate, gate_table, None, rows.index, rows.order, rows.offsets,
+        rows.tokens_per_row, False, 0, law, y_dtype, needs,
+    )  # fmt: skip
+    return dy, dgate
+
+
 class _GateResidual(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -164,12 +192,7 @@ class _GateResidual(torch.autograd.Function):
         dweight: Any
         dy = dgate = dweight = None
         if needs:
-            if ctx.chosen == "triton" and not dout.is_cuda:
-                from . import kernels
-
-                run = kernels.backward
-            else:
-                run = torch.ops.sora_kernels.gate_residual_bwd
+            run = _backward(ctx.chosen, dout)
             dy, dgate, dweight = run(
                 as_tokens(dout), y, mean, rstd, gate, gate_table, weight, index, order, offsets,
                 rows.tokens_per_row, tanh, NORMS[norm], law, ctx.y_dtype, needs,

@@ -12,6 +12,7 @@ from ... import backend as _backend
 from ...laws import Law, Point, resolve
 from ...rows import RowMap
 from .._modulation import as_tokens, check_branch, check_tokens, check_vector, modulation_rows
+from ..gate_residual import branch_gradients
 from .config import MAX_WIDTH
 from .reference import gate_residual_norm_modulate_reference
 
@@ -232,12 +233,10 @@ class _GateResidualNormModulate(torch.autograd.Function):
         x, y, y2, mean, rstd, *rest = ctx.saved_tensors
         tensors, (index, order, offsets) = rest[:9], rest[9:]
         gate, gate2, weight, bias, shift, scale, gate_table, shift_table, scale_table = tensors
-        rows, rms, _, law, out_dtype = ctx.options
+        rows, rms, _, law, _ = ctx.options
         needs_x, needs_y, needs_y2, _, _, _, *needs = ctx.needs_input_grad
-        if dresidual is None and dnormed is None:
-            return (None,) * 15
-        if dnormed is None:  # the norm was not used: its gradient is zero
-            dnormed = x.new_zeros(x.shape, dtype=out_dtype)
+        if dnormed is None:  # the norm was not used: this is a gate_residual
+            return _GateResidualNormModulate.backward_of_residual(ctx, dresidual)
         # Without a gate the gradient of a branch is dx itself, where the dtype agrees.
         same = ctx.y_dtype == x.dtype
         as_dx = needs_y and gate is None and same
@@ -297,6 +296,46 @@ class _GateResidualNormModulate(torch.autograd.Function):
             like(dgate.sum(0), gate_table, needs[6]) if needs[6] else None,
             like(dshift.sum(0), shift_table, needs[7]) if needs[7] else None,
             like(dscale.sum(0), scale_table, needs[8]) if needs[8] else None,
+        )
+
+    @staticmethod
+    def backward_of_residual(ctx: Any, dresidual: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, y, y2, _, _, gate, gate2, *rest = ctx.saved_tensors
+        gate_table = rest[4]
+        rows, _, _, law, _ = ctx.options
+        needs_x, needs_y, needs_y2, _, _, _, needs_gate, needs_gate2, *rest = ctx.needs_input_grad
+        needs_table = rest[4]
+        if dresidual is None:
+            return (None,) * 15
+
+        def branch(
+            y: Tensor | None, gate: Tensor | None, table: Tensor | None, wants: int
+        ) -> tuple[Tensor | None, Tensor | None]:
+            if not wants:
+                return None, None
+            if gate is None:
+                return dresidual.to(ctx.y_dtype), None
+            dout = as_tokens(dresidual)
+            return branch_gradients(ctx.chosen, dout, y, gate, table, rows, law, ctx.y_dtype, wants)
+
+        dy, dgate = branch(y, gate, gate_table, needs_y + 2 * (needs_gate or needs_table))
+        dy2, dgate2 = branch(y2, gate2, None, needs_y2 + 2 * needs_gate2)
+        dtable = None
+        if needs_table and dgate is not None:
+            dtable = dgate.sum(0).to(gate_table.dtype)
+        return (
+            dresidual if needs_x else None,
+            dy if needs_y else None,
+            dy2 if needs_y2 else None,
+            None,
+            None,
+            None,
+            dgate.to(gate.dtype) if needs_gate and dgate is not None else None,
+            dgate2.to(gate2.dtype) if needs_gate2 and dgate2 is not None else None,
+            *(None,) * 4,
+            dtable,
+            None,
+            None,
         )
 
 

@@ -12,14 +12,16 @@ class ForwardConfig(NamedTuple):
 
 
 class BackwardConfig(NamedTuple):
-    block_d: int
+    block_d: int  # power of two; columns per program
     block_tokens: int  # sorted tokens per program; fixes the order of summation
+    slices: int  # programs per block of tokens; more than one if D > block_d
     num_warps: int
 
 
-MAX_WIDTH = 16384  # beyond this a row no longer fits the registers of one program
+MAX_WIDTH = 16384  # of the forward: beyond this a row no longer fits the registers of one program
 
 _MAX_PROGRAMS = 2048  # of the backward: enough to fill any chip, few enough partial sums
+_MAX_SLICE = 4096  # of the backward: three sums and the inputs of more columns would spill
 
 
 def next_power_of_2(n: int) -> int:
@@ -34,12 +36,10 @@ def forward(width: int) -> ForwardConfig:
     return ForwardConfig(block_d, block_rows, num_warps)
 
 
-def backward(tokens: int, width: int, sums: int) -> BackwardConfig:
-    """``sums``: how many running sums of length D a program keeps in registers.
-
-    At most about 8 fp32 values per array and thread: four inputs, xhat and the sums must all fit.
-    """
-    block_d = max(next_power_of_2(width), 16)
-    num_warps = min(max(block_d // (32 * 8), 1), 32)
-    block_tokens = min(max(-(-tokens // _MAX_PROGRAMS), 1), 64)
-    return BackwardConfig(block_d, next_power_of_2(block_tokens), num_warps)
+def backward(tokens: int, width: int) -> BackwardConfig:
+    """Eight fp32 values per array and thread: inputs, xhat and up to six sums must all fit."""
+    block_d = min(max(next_power_of_2(width), 16), _MAX_SLICE)
+    slices = -(-width // block_d)
+    num_warps = max(block_d // (32 * 8), 1)
+    block_tokens = min(max(-(-tokens * slices // _MAX_PROGRAMS), 1), 64)
+    return BackwardConfig(block_d, next_power_of_2(block_tokens), slices, num_warps)

@@ -273,8 +273,7 @@ def backward(
     for bit, tensor in present.items():
         if tensor is None:
             needs &= ~bit
-    sums = bin(needs & ~(DX | DY | DY2)).count("1")
-    block_d, block_tokens, num_warps = config.backward(tokens, width, sums)
+    block_d, block_tokens, slices, num_warps = config.backward(tokens, width)
     blocks = triton.cdiv(tokens, block_tokens)
     dweight = x.new_empty(blocks if needs & DWEIGHT else 0, width, dtype=torch.float32)
     dbias = x.new_empty(blocks if needs & DBIAS else 0, width, dtype=torch.float32)
@@ -282,7 +281,7 @@ def backward(
     partial = x.new_empty(4 if spans else 0, blocks, 2, width, dtype=torch.float32)
     launch(
         gate_residual_norm_modulate_bwd_kernel,
-        (blocks,),
+        (blocks * slices,),
         x.device,
         dresidual,
         dnormed,
@@ -324,8 +323,10 @@ def backward(
         _row_stride(scale),
         max(tokens_per_row, 1),
         block_tokens,
+        slices,
         NEEDS=needs,
         LAW=law,
+        WHOLE=slices == 1,
         BLOCK_D=block_d,
         num_warps=num_warps,
         num_stages=1,

@@ -46,6 +46,33 @@ def _store_branch(
 
 
 @triton.jit
+def _norm_gradient(
+    x_ptr, x_offset, y_ptr, y_offset, y2_ptr, y2_offset, gate_ptr, gate_offset, gate2_ptr,
+    gate2_offset, gate_table_ptr, mean, rstd, dnormed_ptr, dnormed_offset, scale_ptr, scale_offset,
+    scale_table_ptr, weight_ptr, cols, mask, LAW: tl.constexpr,
+):  # fmt: skip
+    """xhat, d = dnormed, g = d * (1 + scale) and h = g * weight of one token's columns."""
+    stream: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = dnormed_ptr.dtype.element_ty
+    r = load_f32(x_ptr + x_offset + cols, mask)
+    if y_ptr is not None:
+        r = _add_branch(r, y_ptr, y_offset, gate_ptr, gate_offset, gate_table_ptr, cols, mask,
+                        stream, LAW)  # fmt: skip
+    if y2_ptr is not None:
+        r = _add_branch(r, y2_ptr, y2_offset, gate2_ptr, gate2_offset, None, cols, mask, stream,
+                        LAW)  # fmt: skip
+    d = load_f32(dnormed_ptr + dnormed_offset + cols, mask)
+    g = d
+    if scale_ptr is not None:
+        g *= load_one_plus(scale_ptr, scale_table_ptr, scale_offset + cols, cols, mask, mask, LAW,
+                           dtype)  # fmt: skip
+    h = g
+    if weight_ptr is not None:
+        h *= load_f32(weight_ptr + cols, mask)
+    return (r - mean) * rstd, d, g, h
+
+
+@triton.jit
 def gate_residual_norm_modulate_bwd_kernel(
     dresidual_ptr,  # [B, L, D] or None
     dnormed_ptr,  # [B, L, D]
@@ -92,8 +119,10 @@ def gate_residual_norm_modulate_bwd_kernel(
     scale_stride,
     tokens_per_row,
     block_tokens,
+    slices,  # programs per block of tokens, BLOCK_D columns each
     NEEDS: tl.constexpr,
     LAW: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """dx, dy and the running sums of all other gradients, over one block of sorted tokens.
@@ -102,15 +131,19 @@ def gate_residual_norm_modulate_bwd_kernel(
     dscale += dnormed * n, dweight += g * xhat, dbias += g. For h = g * weight the gradient of the
     residual is dr = dresidual + rstd * (h - mean(h) - xhat * mean(h * xhat)) (RMS: no mean(h));
     dx = dr, dy = gate * dr, dgate += dr * y.
+
+    The sums of a row wider than BLOCK_D do not fit the registers of one program. Such rows are cut
+    into slices: each program computes the two means itself, from all columns (its neighbours read
+    the same ones, so they come from the L2 cache), and then its own slice.
     """
-    stream: tl.constexpr = x_ptr.dtype.element_ty
     dtype: tl.constexpr = dnormed_ptr.dtype.element_ty
-    block = tl.program_id(0).to(tl.int64)
+    block = (tl.program_id(0) // slices).to(tl.int64)
     start = block * block_tokens
     end = tl.minimum(start + block_tokens, tokens)
-    cols = tl.arange(0, BLOCK_D)
+    cols = (tl.program_id(0) % slices) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = cols < width
-    slots = tl.num_programs(0).to(tl.int64) * 2 * width  # one gradient's share of the partials
+    # one gradient's share of the partials
+    share = (tl.num_programs(0) // slices).to(tl.int64) * 2 * width
     dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
     dgate2 = tl.zeros([BLOCK_D], dtype=tl.float32)
     dshift = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -125,56 +158,61 @@ def gate_residual_norm_modulate_bwd_kernel(
             n = tl.load(order_ptr + position).to(tl.int64)
         row = row_of(n, index_ptr, tokens_per_row)
         first, last = row_bounds(row, offsets_ptr, tokens_per_row)
+        x_offset = token_offset(n, per_batch, x_batch_stride, x_token_stride)
         y_offset = token_offset(n, per_batch, y_batch_stride, y_token_stride)
         y2_offset = token_offset(n, per_batch, y2_batch_stride, y2_token_stride)
+        d_offset = token_offset(n, per_batch, dnormed_batch_stride, dnormed_token_stride)
         gate_offset, gate2_offset = row * gate_stride, row * gate2_stride
-        out_offset = n * width
-
-        r = load_f32(
-            x_ptr + token_offset(n, per_batch, x_batch_stride, x_token_stride) + cols, mask
-        )
-        if y_ptr is not None:
-            r = _add_branch(r, y_ptr, y_offset, gate_ptr, gate_offset, gate_table_ptr, cols, mask,
-                            stream, LAW)  # fmt: skip
-        if y2_ptr is not None:
-            r = _add_branch(r, y2_ptr, y2_offset, gate2_ptr, gate2_offset, None, cols, mask,
-                            stream, LAW)  # fmt: skip
-        if mean_ptr is not None:
-            r = tl.where(mask, r - tl.load(mean_ptr + n), 0.0)
+        scale_offset = row * scale_stride
         rstd = tl.load(rstd_ptr + n)
-        xhat = r * rstd
-        rounded = round_if(xhat, LAW, XHAT, dtype)
-
-        dnormed_offset = token_offset(n, per_batch, dnormed_batch_stride, dnormed_token_stride)
-        g = load_f32(dnormed_ptr + dnormed_offset + cols, mask)
-        if _DSHIFT & NEEDS:
-            dshift += g
-        if _DSCALE & NEEDS:
-            dscale += g * affine(rounded, weight_ptr, bias_ptr, cols, mask, LAW, dtype)
-        if scale_ptr is not None:
-            g *= load_one_plus(scale_ptr, scale_table_ptr, row * scale_stride + cols, cols, mask,
-                               mask, LAW, dtype)  # fmt: skip
-        if _DWEIGHT & NEEDS:
-            dweight += g * rounded
-        if _DBIAS & NEEDS:
-            dbias += g
-        if weight_ptr is not None:
-            g *= load_f32(weight_ptr + cols, mask)
-        dr = g - xhat * (tl.sum(g * xhat, axis=0) / width)
+        mean = 0.0
         if mean_ptr is not None:
-            dr -= tl.sum(g, axis=0) / width
+            mean = tl.load(mean_ptr + n)
+
+        if not WHOLE:
+            all_h = tl.zeros([BLOCK_D], dtype=tl.float32)
+            all_hx = tl.zeros([BLOCK_D], dtype=tl.float32)
+            for column in range(0, width, BLOCK_D):
+                there = column + tl.arange(0, BLOCK_D)
+                xhat_there, _, _, h_there = _norm_gradient(
+                    x_ptr, x_offset, y_ptr, y_offset, y2_ptr, y2_offset, gate_ptr, gate_offset,
+                    gate2_ptr, gate2_offset, gate_table_ptr, mean, rstd, dnormed_ptr, d_offset,
+                    scale_ptr, scale_offset, scale_table_ptr, weight_ptr, there, there < width, LAW,
+                )  # fmt: skip
+                all_h += h_there
+                all_hx += h_there * xhat_there
+        xhat, d, g, h = _norm_gradient(
+            x_ptr, x_offset, y_ptr, y_offset, y2_ptr, y2_offset, gate_ptr, gate_offset,
+            gate2_ptr, gate2_offset, gate_table_ptr, mean, rstd, dnormed_ptr, d_offset,
+            scale_ptr, scale_offset, scale_table_ptr, weight_ptr, cols, mask, LAW,
+        )  # fmt: skip
+        if WHOLE:
+            all_h = h
+            all_hx = h * xhat
+        dr = h - xhat * (tl.sum(all_hx, axis=0) / width)
+        if mean_ptr is not None:
+            dr -= tl.sum(all_h, axis=0) / width
         dr *= rstd
         if dresidual_ptr is not None:
             offset = token_offset(n, per_batch, dresidual_batch_stride, dresidual_token_stride)
             dr += load_f32(dresidual_ptr + offset + cols, mask)
 
+        rounded = round_if(xhat, LAW, XHAT, dtype)
+        if _DSHIFT & NEEDS:
+            dshift += d
+        if _DSCALE & NEEDS:
+            dscale += d * affine(rounded, weight_ptr, bias_ptr, cols, mask, LAW, dtype)
+        if _DWEIGHT & NEEDS:
+            dweight += g * rounded
+        if _DBIAS & NEEDS:
+            dbias += g
         if _DX & NEEDS:
-            tl.store(dx_ptr + out_offset + cols, dr.to(stream), mask=mask)
+            tl.store(dx_ptr + n * width + cols, dr.to(dx_ptr.dtype.element_ty), mask=mask)
         if _DY & NEEDS:
-            _store_branch(dr, dy_ptr, out_offset, gate_ptr, gate_offset, gate_table_ptr, cols,
-                          mask, LAW)  # fmt: skip
+            _store_branch(dr, dy_ptr, n * width, gate_ptr, gate_offset, gate_table_ptr, cols, mask,
+                          LAW)  # fmt: skip
         if _DY2 & NEEDS:
-            _store_branch(dr, dy2_ptr, out_offset, gate2_ptr, gate2_offset, None, cols, mask, LAW)
+            _store_branch(dr, dy2_ptr, n * width, gate2_ptr, gate2_offset, None, cols, mask, LAW)
         if _DGATE & NEEDS:
             dgate += dr * load_f32(y_ptr + y_offset + cols, mask)
         if _DGATE2 & NEEDS:
@@ -187,13 +225,13 @@ def gate_residual_norm_modulate_bwd_kernel(
                       width, cols, mask)  # fmt: skip
             if _DGATE2 & NEEDS:
                 flush(dgate2, row, first, last, start, end, block, dgate2_ptr,
-                      partial_ptr + slots, width, cols, mask)  # fmt: skip
+                      partial_ptr + share, width, cols, mask)  # fmt: skip
             if _DSHIFT & NEEDS:
                 flush(dshift, row, first, last, start, end, block, dshift_ptr,
-                      partial_ptr + 2 * slots, width, cols, mask)  # fmt: skip
+                      partial_ptr + 2 * share, width, cols, mask)  # fmt: skip
             if _DSCALE & NEEDS:
                 flush(dscale, row, first, last, start, end, block, dscale_ptr,
-                      partial_ptr + 3 * slots, width, cols, mask)  # fmt: skip
+                      partial_ptr + 3 * share, width, cols, mask)  # fmt: skip
             dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
             dgate2 = tl.zeros([BLOCK_D], dtype=tl.float32)
             dshift = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -207,7 +245,7 @@ def gate_residual_norm_modulate_bwd_kernel(
 
 def backward_case(width: int) -> AotCase:
     """Gate, shift and scale of a packed batch, all gradients."""
-    block_d, _, num_warps = config.backward(32768, width, sums=3)
+    block_d, _, slices, num_warps = config.backward(32768, width)
     pointers = {
         "dresidual_ptr": "*bf16", "dnormed_ptr": "*bf16", "x_ptr": "*bf16", "y_ptr": "*bf16",
         "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "gate_ptr": "*bf16", "scale_ptr": "*bf16",
@@ -221,7 +259,7 @@ def backward_case(width: int) -> AotCase:
     strides = (*(f"{t}_{s}_stride" for t in names for s in ("batch", "token")), "gate_stride",
                "scale_stride")  # fmt: skip
     integers = ("tokens", "width", "per_batch", *strides, "y2_batch_stride", "y2_token_stride",
-                "gate2_stride", "tokens_per_row", "block_tokens")  # fmt: skip
+                "gate2_stride", "tokens_per_row", "block_tokens", "slices")  # fmt: skip
     return AotCase(
         name=f"gate_residual_norm_modulate_bwd_d{width}",
         kernel=gate_residual_norm_modulate_bwd_kernel,
@@ -230,6 +268,7 @@ def backward_case(width: int) -> AotCase:
             **dict.fromkeys(absent),
             "NEEDS": DX | DY | DGATE | DSHIFT | DSCALE,
             "LAW": 0,
+            "WHOLE": slices == 1,
             "BLOCK_D": block_d,
         },
         num_warps=num_warps,
