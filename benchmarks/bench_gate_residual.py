@@ -1,4 +1,4 @@
-"""gate_residual: the gated add of adaLN-Zero, and the sandwich ``x + tanh(gate) * norm(y)``."""
+"""gate_residual: the gated residual of adaLN-Zero and Mochi's sandwich, against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from torch import Tensor
 from sora_kernels.ops.gate_residual import gate_residual
 from sora_kernels.rows import RowMap
 
-from .bench_norm_modulate import BEYOND_CACHE, SAMPLES, SHAPES
 from .registry import DTYPES, Case, Context, Inputs, op_cases
 
-
-def per_sample(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """``x + gate * y`` with one row of ``gate`` per sample."""
-    samples, width = gate.shape
-    return (x.view(samples, -1, width) + gate.unsqueeze(1) * y.view(samples, -1, width)).view_as(x)
+BEYOND_CACHE = (16384, 1152)  # DiT-XL's width, as many tokens as a short clip of 480p
+# (tokens, width): DiT-S, DiT-XL, Wan 1.3B, FLUX/Hunyuan-like, Wan 14B
+SHAPES = ((4096, 384), (4096, 1152), BEYOND_CACHE, (4096, 1536), (4096, 3072), (4096, 5120))
+SAMPLES = 8
 
 
 def ours(x: Tensor, y: Tensor, gate: Tensor, rows: RowMap) -> Tensor:
     return gate_residual(x, y, gate, rows=rows)
 
 
+def per_sample(x: Tensor, rows: RowMap) -> Tensor:
+    return x.view(rows.num_rows, rows.tokens_per_row, -1)
+
+
 def plain(x: Tensor, y: Tensor, gate: Tensor, rows: RowMap) -> Tensor:
-    return per_sample(x, gate, y)
+    """What DiT code says: ``x + gate * y``, broadcast over a sample's tokens."""
+    return (per_sample(x, rows) + gate.unsqueeze(1) * per_sample(y, rows)).view_as(x)
 
 
 def ours_sandwich(x: Tensor, y: Tensor, gate: Tensor, rows: RowMap) -> Tensor:
@@ -35,41 +38,45 @@ def ours_sandwich(x: Tensor, y: Tensor, gate: Tensor, rows: RowMap) -> Tensor:
 
 
 def plain_sandwich(x: Tensor, y: Tensor, gate: Tensor, rows: RowMap) -> Tensor:
-    return per_sample(x, gate.tanh(), F.rms_norm(y, y.shape[-1:], None, 1e-6))
+    """Mochi: ``x + tanh(gate) * rms_norm(y)``."""
+    return plain(x, F.rms_norm(y, y.shape[-1:], eps=1e-6), torch.tanh(gate), rows)
 
 
-def inputs(tokens: int, width: int, dtype: str, device: torch.device) -> Inputs:
+def inputs(tokens: int, width: int, rows: int, dtype: str, device: torch.device) -> Inputs:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(DTYPES[dtype])
 
     return {
         "x": randn(tokens, width),
         "y": randn(tokens, width),
-        "gate": randn(SAMPLES, width),
-        "rows": RowMap.uniform(SAMPLES, tokens // SAMPLES),
+        "gate": randn(rows, width),
+        "rows": RowMap.uniform(rows, tokens // rows),
     }
 
 
 def cases(context: Context) -> Iterable[Case]:
-    points = [(ours, plain, "", n, d) for n, d in SHAPES]
-    points.append((ours_sandwich, plain_sandwich, " tanh rms", *BEYOND_CACHE))
+    points = [(n, d, SAMPLES, False) for n, d in SHAPES]
+    points += [(*BEYOND_CACHE, 1, False), (*BEYOND_CACHE, BEYOND_CACHE[0], False)]
+    points += [(*BEYOND_CACHE, SAMPLES, True)]
+    quick = [(*BEYOND_CACHE, SAMPLES, False)]
     for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
-        for own, eager, note, tokens, width in context.pick(
-            quick=[(ours, plain, "", *BEYOND_CACHE)], full=points
-        ):
+        for tokens, width, rows, sandwich in context.pick(quick=quick, full=points):
             per_row = DTYPES[dtype].itemsize * width
             yield from op_cases(
                 "gate_residual",
-                f"{tokens}x{width} R={SAMPLES}{note}",
+                f"{tokens}x{width} R={rows}" + (" tanh rms" if sandwich else ""),
                 dtype,
-                inputs=partial(inputs, tokens, width, dtype),
-                ours=own,
-                plain=eager,
+                inputs=partial(inputs, tokens, width, rows, dtype),
+                ours=ours_sandwich if sandwich else ours,
+                plain=plain_sandwich if sandwich else plain,
                 bytes={
-                    "fwd": per_row * (3 * tokens + SAMPLES),  # x, y, gate -> r
-                    # dr, y, gate -> dy, dgate; the gradient of x is dr itself
-                    "bwd": per_row * (3 * tokens + 2 * SAMPLES),
+                    "fwd": per_row * (3 * tokens + rows),  # x, y, gate -> out
+                    # dout, y, gate -> dy, dgate; dx is dout itself
+                    "bwd": per_row * (3 * tokens + 2 * rows),
                 },
-                flops={"fwd": 2 * tokens * width, "bwd": 3 * tokens * width},
+                flops={
+                    "fwd": (6 if sandwich else 2) * tokens * width,
+                    "bwd": (13 if sandwich else 3) * tokens * width,
+                },
                 grads=("x", "y", "gate"),
             )

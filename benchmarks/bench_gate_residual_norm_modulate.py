@@ -1,4 +1,4 @@
-"""gate_residual_norm_modulate: the end of one branch of a block and the start of the next."""
+"""gate_residual_norm_modulate against plain PyTorch: residual add, norm and modulation at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from sora_kernels.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from sora_kernels.rows import RowMap
 
-from .bench_norm_modulate import BEYOND_CACHE, SAMPLES, SHAPES
+from .bench_gate_residual import BEYOND_CACHE, SAMPLES, SHAPES, per_sample
 from .registry import DTYPES, Case, Context, Inputs, op_cases
 
 
@@ -25,24 +25,22 @@ def ours(
 def plain(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, rows: RowMap
 ) -> tuple[Tensor, Tensor]:
-    """What DiT code says, on ``[samples, tokens, D]``."""
-    width = x.shape[-1]
-    samples = (rows.num_rows, rows.tokens_per_row, width)
-    residual = x.view(samples) + gate.unsqueeze(1) * y.view(samples)
-    normed = F.layer_norm(residual, (width,), eps=1e-6)
-    modulated = normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-    return residual.view_as(x), modulated.view_as(x)
+    """What DiT code says at the end of one branch and the start of the next."""
+    residual = per_sample(x, rows) + gate.unsqueeze(1) * per_sample(y, rows)
+    normed = F.layer_norm(residual, x.shape[-1:], eps=1e-6)
+    out = normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return residual.view_as(x), out.view_as(x)
 
 
 def inputs(tokens: int, width: int, rows: int, dtype: str, device: torch.device) -> Inputs:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(DTYPES[dtype])
 
-    modulation = {name: randn(rows, width) for name in ("gate", "shift", "scale")}
+    modulations = {name: randn(rows, width) for name in ("gate", "shift", "scale")}
     return {
         "x": randn(tokens, width),
         "y": randn(tokens, width),
-        **modulation,
+        **modulations,
         "rows": RowMap.uniform(rows, tokens // rows),
     }
 
@@ -61,10 +59,11 @@ def cases(context: Context) -> Iterable[Case]:
                 ours=ours,
                 plain=plain,
                 bytes={
-                    "fwd": per_row * (4 * tokens + 3 * rows),  # x, y, modulation -> r, h
-                    # dr, dh, r, y, gate, scale -> dx, dy, dgate, dshift, dscale
+                    # x, y, gate, shift, scale -> residual, normed
+                    "fwd": per_row * (4 * tokens + 3 * rows),
+                    # two upstream gradients, x, y, gate, scale -> dx, dy, dgate, dshift, dscale
                     "bwd": per_row * (6 * tokens + 5 * rows),
                 },
-                flops={"fwd": 11 * tokens * width, "bwd": 19 * tokens * width},
+                flops={"fwd": 11 * tokens * width, "bwd": 20 * tokens * width},
                 grads=("x", "y", "gate", "shift", "scale"),
             )
