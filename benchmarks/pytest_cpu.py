@@ -96,6 +96,7 @@ def run_plan(plan: Plan) -> str:
     """
     import contextlib
     import io
+    import os
 
     class Carrier:
         @pytest.hookimpl(tryfirst=True)
@@ -107,8 +108,14 @@ def run_plan(plan: Plan) -> str:
     arguments += ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
     arguments += ["--benchmark-only", "--benchmark-disable-gc", "--benchmark-columns=median"]
     arguments += ["-o", "python_files=pytest_cpu.py", "-W", "ignore"]
-    with contextlib.redirect_stdout(printed):
-        code = pytest.main(arguments, plugins=[Carrier()])
+    # As the child of an xdist worker pytest-benchmark would refuse to time anything.
+    worker = os.environ.pop("PYTEST_XDIST_WORKER", None)
+    try:
+        with contextlib.redirect_stdout(printed):
+            code = pytest.main(arguments, plugins=[Carrier()])
+    finally:
+        if worker is not None:
+            os.environ["PYTEST_XDIST_WORKER"] = worker
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
