@@ -35,6 +35,9 @@ if IS_X86:
     ISA_FLAGS["avx512"] = (
         "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
     )
+    ISA_FLAGS["avx512_bf16"] = ISA_FLAGS["avx512"] + " -mavx512bf16"
+# Kernel files for which the bf16 conversion of that last one is worth another compilation.
+BF16_KERNELS = ("qk_norm_rope_kernels",)
 # -ffp-contract=off: a fused multiply-add would skip a rounding that a law may ask for.
 CXX_FLAGS = (
     "-O3 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas "
@@ -185,6 +188,8 @@ class BuildExt(build_ext):
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             if source.stem.endswith("_kernels"):  # no torch headers; once per instruction set
                 for isa, isa_flags in ISA_FLAGS.items():
+                    if isa == "avx512_bf16" and source.stem not in BF16_KERNELS:
+                        continue
                     kernel_flags = f"{flags} -std=c++17 -DSORA_ISA={isa} {isa_flags}"
                     objects.append(ninja.compile(source, kernel_flags, cxx, f"_{isa}"))
             else:

@@ -55,5 +55,5 @@ def cpu_isa() -> str | None:
     """The instruction set that the C++ kernels chose on this machine, or None without them."""
     if not cpu_loaded:
         return None
-    names = ("baseline", "avx2", "avx512")
+    names = ("baseline", "avx2", "avx512", "avx512_bf16")
     return names[int(torch.ops.sora_kernels.cpu_isa())]

@@ -57,6 +57,10 @@ inline HVec low_halves(UVec u) {
 inline Vec widen(HVec h, const bf16*) { return (Vec)(zero_extend(h) << 16); }
 
 inline HVec narrow(Vec v, const bf16*) {  // round to nearest even, NaN stays NaN
+#if defined(__AVX512BF16__)
+  // The same bits, except that numbers below 2^-126 (subnormal in both formats) become 0.
+  return (HVec)_mm512_cvtneps_pbh((__m512)v);
+#else
   UVec u = (UVec)v;
   UVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
 #if defined(__AVX512F__)
@@ -67,6 +71,7 @@ inline HVec narrow(Vec v, const bf16*) {  // round to nearest even, NaN stays Na
   rounded = ((UVec)is_nan & 0x7fc0u) | (~(UVec)is_nan & rounded);
 #endif
   return low_halves(rounded);
+#endif
 }
 
 inline Vec widen(HVec h, const f16*) {

@@ -19,9 +19,11 @@ Isa detect() {
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     best = Isa::avx512;
+  if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::avx512_bf16;
   if (const char* wish = std::getenv("SORA_KERNELS_ISA")) {
     if (!std::strcmp(wish, "baseline")) best = Isa::baseline;
     if (!std::strcmp(wish, "avx2") && best != Isa::baseline) best = Isa::avx2;
+    if (!std::strcmp(wish, "avx512") && best == Isa::avx512_bf16) best = Isa::avx512;
   }
   return best;
 #else

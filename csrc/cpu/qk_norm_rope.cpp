@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Optional q_weight, Option
   a.stream = static_cast<int64_t>((yq.numel() + yk.numel()) * yq.element_size()) >= kStreamBytes;
   const int64_t work = a.width * (a.side[0].heads + a.side[1].heads);
   torch::stable::parallel_for(0, most_tokens(a), 1 + 16384 / (work + 1), [&](int64_t b, int64_t e) {
-    SORA_CALL_KERNEL(qk_norm_rope_fwd, a, b, e);
+    SORA_CALL_KERNEL_BF16(qk_norm_rope_fwd, a, b, e);
   });
   return {yq, yk};
 }
@@ -148,11 +148,11 @@ Gradients backward(Tensor dyq, Tensor dyk, Tensor q, Tensor k, Optional q_weight
   }
   const int64_t blocks = (tokens + kQkBlock - 1) / kQkBlock;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) {
-    SORA_CALL_KERNEL(qk_norm_rope_bwd, a, b, e);
+    SORA_CALL_KERNEL_BF16(qk_norm_rope_bwd, a, b, e);
   });
   if (!partials.empty()) {
     torch::stable::parallel_for(0, chunks, 16, [&](int64_t b, int64_t e) {
-      SORA_CALL_KERNEL(qk_norm_rope_bwd_finish, a, b, e);
+      SORA_CALL_KERNEL_BF16(qk_norm_rope_bwd_finish, a, b, e);
     });
   }
   return {out[0], out[1], out[2], out[3], out[4], out[5]};

@@ -58,6 +58,6 @@ struct QkNormRope {
 
 }  // namespace sora
 
-SORA_DECLARE_KERNEL(qk_norm_rope_fwd(const sora::QkNormRope&, int64_t begin, int64_t end))
-SORA_DECLARE_KERNEL(qk_norm_rope_bwd(const sora::QkNormRope&, int64_t begin, int64_t end))
-SORA_DECLARE_KERNEL(qk_norm_rope_bwd_finish(const sora::QkNormRope&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL_BF16(qk_norm_rope_fwd(const sora::QkNormRope&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL_BF16(qk_norm_rope_bwd(const sora::QkNormRope&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL_BF16(qk_norm_rope_bwd_finish(const sora::QkNormRope&, int64_t begin, int64_t end))
