@@ -74,6 +74,10 @@ def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x + gate * y
 
 
+def mlp(block: Block, h: Tensor) -> Tensor:
+    return block.mlp_out(F.gelu(block.mlp_in(h), approximate="tanh"))
+
+
 def dense_block(
     block: Block,
     x: Tensor,
@@ -94,7 +98,7 @@ def dense_block(
     )
     x = per_part(gated, text, [x, block.out(o.transpose(1, 2).flatten(2))], [gate1])
     h = per_part(modulate, text, [norm(x)], [shift2, scale2])
-    return per_part(gated, text, [x, block.mlp(h)], [gate2])
+    return per_part(gated, text, [x, mlp(block, h)], [gate2])
 
 
 def packed_block(
@@ -118,7 +122,7 @@ def packed_block(
         outputs.append(o[0].transpose(0, 1).flatten(1))
     x = gated(x, block.out(torch.cat(outputs)), gate1[row_of_token])
     h = modulate(norm(x), shift2[row_of_token], scale2[row_of_token])
-    return gated(x, block.mlp(h), gate2[row_of_token])
+    return gated(x, mlp(block, h), gate2[row_of_token])
 
 
 def rotary_tables(model: DiT, words: int, latent: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

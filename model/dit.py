@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from model.condition import KINDS, Rows, rows_for
 from model.config import DiTConfig
 from sora_kernels import (
+    bias_gelu,
     gate_residual_norm_modulate,
     norm_modulate,
     packed_attention,
@@ -62,7 +63,7 @@ class Block(nn.Module):
 
     def mlp(self, h: Tensor) -> Tensor:
         """[N, D] -> [N, D], tokenwise."""
-        return self.mlp_out(F.gelu(self.mlp_in(h), approximate="tanh"))
+        return self.mlp_out(bias_gelu(F.linear(h, self.mlp_in.weight), self.mlp_in.bias))
 
 
 class DiT(nn.Module):

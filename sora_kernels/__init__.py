@@ -2,6 +2,8 @@
 
 from .backend import explain, use_backend
 from .laws import Point
+from .ops.bias_gelu import bias_gelu
+from .ops.causal_conv_pad import causal_conv_pad
 from .ops.gate_residual import gate_residual
 from .ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from .ops.norm_modulate import norm_modulate
@@ -20,6 +22,8 @@ __all__ = [
     "Rope",
     "RowMap",
     "Text",
+    "causal_conv_pad",
+    "bias_gelu",
     "explain",
     "gate_residual",
     "gate_residual_norm_modulate",
