@@ -249,19 +249,4 @@ TRAININGS: dict[str, TrainConfig] = {
         detailed=0.3,
         seed=2,
     ),
-    # Once more and longer: shapes are learned last.
-    "tiny-shapes": TrainConfig(
-        "tiny",
-        "focused",
-        clips=20480,
-        tokens=1536,
-        steps=5200,
-        learning_rate=1.5e-3,
-        muon=0.015,
-        shift=1.5,
-        ema=0.999,
-        detailed=0.3,
-        given=0.1,
-        seed=3,
-    ),
 }
