@@ -101,7 +101,7 @@ def block_flops(lengths: Iterable[int], width: int) -> int:
 
 
 def cases(context: Context) -> Iterable[Case]:
-    dtypes = ("bf16",) if context.device == "cuda" else ("fp32",)
+    dtypes = ("bf16",) if context.device == "cuda" else ("fp32", "bf16")
     for clips, grid in context.pick(quick=SHAPES[:1], full=SHAPES):
         length = grid[0] * grid[1] * grid[2]
         for dtype in dtypes:
