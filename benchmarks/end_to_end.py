@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import product
 from time import perf_counter
 
 import torch
@@ -24,7 +25,7 @@ from sora_kernels.packing import PackedLayout
 
 from .block import block_flops
 from .plain_dit import Clip, PlainDiT, parameters_of, waste
-from .registry import Case, Context, Inputs, Provider, Run
+from .registry import DTYPES, Case, Context, Inputs, Provider, Run
 
 # DiT-S with fewer blocks, so that a round of all providers fits a CPU.
 CONFIG = DiTConfig(width=384, depth=4, heads=6, vocabulary=64)
@@ -35,7 +36,10 @@ MIX = {(1, 16, 16): 4, (3, 16, 16): 4, (5, 16, 16): 2, (5, 16, 32): 2}
 Way = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
 
 
-def inputs(latents: Sequence[tuple[int, int, int]], steps: int, device: torch.device) -> Inputs:
+def inputs(
+    latents: Sequence[tuple[int, int, int]], steps: int, dtype: str, device: torch.device
+) -> Inputs:
+    """A model with weights of ``dtype``; the latents and the state of the sampler are fp32."""
     generator = torch.Generator().manual_seed(0)
     model = DiT(CONFIG)
     for p in model.parameters():  # adaLN-Zero starts as the identity, which no trained model is
@@ -43,7 +47,7 @@ def inputs(latents: Sequence[tuple[int, int, int]], steps: int, device: torch.de
     words = torch.randint(1, CONFIG.vocabulary, (len(latents), WORDS), generator=generator)
     starts = [start_noise(CONFIG.channels, latent, i) for i, latent in enumerate(latents)]
     return {
-        "model": model.to(device),
+        "model": model.to(device, DTYPES[dtype]),
         "words": words.to(device),
         "latents": latents,
         "steps": steps,
@@ -169,11 +173,13 @@ def cases(context: Context) -> Iterable[Case]:
     latents = [latent for latent, count in MIX.items() for _ in range(count // share)]
     lengths = [WORDS + t * h * w // 4 for t, h, w in latents]
     ways = ("plain_padded", "plain_bucketed", "plain_loop", "plain_packed")
-    model_bytes = 4 * sum(p.numel() for p in DiT(CONFIG).parameters())
+    weights = sum(p.numel() for p in DiT(CONFIG).parameters())
+    dtypes = ("bf16",) if context.device == "cuda" else ("fp32", "bf16")
     flops = CONFIG.depth * block_flops(lengths, CONFIG.width)
     # Every Euler step is the same work again: two of them stand for as many as one likes.
     steps = 1 if context.quick else 2
-    for op, mode, factor in (("sampling", "fwd", steps), ("training_step", "fwd+bwd", 3)):
+    jobs = (("sampling", "fwd", steps), ("training_step", "fwd+bwd", 3))
+    for dtype, (op, mode, factor) in product(dtypes, jobs):
         own: Provider = sampling_ours if mode == "fwd" else training_ours
         providers: dict[str, Provider] = {"sora_kernels": own}
         providers |= {way: plain_provider(way, mode) for way in ways}
@@ -184,10 +190,10 @@ def cases(context: Context) -> Iterable[Case]:
             op=op,
             mode=mode,
             case=f"{len(latents)} clips, {tokens} tokens, {100 * padding:.0f}% padding waste",
-            dtype="fp32",
-            bytes=factor * model_bytes,
+            dtype=dtype,
+            bytes=factor * weights * DTYPES[dtype].itemsize,
             flops=factor * flops,
-            inputs=partial(inputs, latents, steps),
+            inputs=partial(inputs, latents, steps, dtype),
             providers=providers,
             plain_variants=ways,
             units={"clips": len(latents)},

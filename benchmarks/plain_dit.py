@@ -217,13 +217,14 @@ class PlainDiT:
         model = self.model
         t = torch.stack([torch.zeros_like(times), times], dim=1)
         features = time_features(t.flatten()).view(len(times), 2, -1)
+        features = features.to(model.time_in.weight.dtype)
         kinds = model.kinds.weight[:2]
         return F.silu(model.time_out(F.silu(model.time_in(features))) + kinds)
 
     def _embed(self, patches: Tensor, words: Tensor) -> Tensor:
         model = self.model
         text = model.words(words) + model.word_positions.weight[: self.text]
-        return torch.cat([text, model.patch_in(patches)], dim=-2)
+        return torch.cat([text, model.patch_in(patches.to(text.dtype))], dim=-2)
 
     def _run_dense(self, x: Tensor, c: Tensor, turns: Tensor, mask: Tensor | None) -> Tensor:
         for block in self.model.blocks:

@@ -117,7 +117,7 @@ class DiT(nn.Module):
 
     def embed(self, latents: Sequence[Tensor], layout: PackedLayout, words: Tensor) -> Tensor:
         """Patches and words in packed order: [N, D]."""
-        grid = self.patch_in(patchify(list(latents), layout))
+        grid = self.patch_in(patchify(list(latents), layout).to(self.patch_in.weight.dtype))
         lengths = [
             part.length for segment in layout.segments for part in segment if isinstance(part, Text)
         ]
