@@ -7,9 +7,10 @@ from .ops.causal_conv_pad import causal_conv_pad
 from .ops.gate_residual import gate_residual
 from .ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from .ops.norm_modulate import norm_modulate
+from .ops.norm_silu import norm_silu
 from .ops.packed_attention import packed_attention
 from .ops.patchify import patchify, unpatchify
-from .ops.qk_norm_rope import qk_norm_rope
+from .ops.qk_norm_rope import joint_index, qk_norm_rope, qk_norm_rope_joint
 from .packing import Grid, PackedLayout, Rope, Text
 from .rows import RowMap
 
@@ -27,10 +28,13 @@ __all__ = [
     "explain",
     "gate_residual",
     "gate_residual_norm_modulate",
+    "joint_index",
     "norm_modulate",
+    "norm_silu",
     "packed_attention",
     "patchify",
     "qk_norm_rope",
+    "qk_norm_rope_joint",
     "unpatchify",
     "use_backend",
 ]

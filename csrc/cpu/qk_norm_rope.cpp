@@ -1,7 +1,9 @@
-// CPU binding of qk_norm_rope: stable-ABI tensors in, kernels on torch's thread pool.
+// CPU binding of qk_norm_rope: stable-ABI tensors in, kernels on torch's thread pool. How tensors
+// come in streams is said in ops/qk_norm_rope/raw.py; each stream is one pass of the kernels.
 #include "qk_norm_rope.h"
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 
 #include "bind.h"
@@ -9,7 +11,8 @@
 namespace sora {
 namespace {
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using List = std::vector<Tensor>;
+using Kept = std::vector<std::vector<float>>;
 
 // [N, H, D] or [B, L, H, D]
 Heads heads_of(const Tensor& t, const char* name) {
@@ -21,141 +24,253 @@ Heads heads_of(const Tensor& t, const char* name) {
           rank == 4 ? t.stride(0) : 0, t.stride(rank - 3), t.stride(rank - 2)};
 }
 
+int64_t tokens_of_heads(const Tensor& t) { return t.numel() / (t.size(-1) * t.size(-2)); }
+
 std::vector<int64_t> shape_of(const Tensor& t) {
   std::vector<int64_t> shape;
   for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(t.size(d));
   return shape;
 }
 
-struct Rope {
-  const Optional &cos, &sin, &position_index;
+Optional at(const List& list, size_t stream) {
+  return list.empty() ? Optional{} : Optional{list[stream]};
+}
+
+const int64_t* index_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.dim() == 1,
+                  "sora_kernels: index: expected contiguous int64 vectors");
+  return static_cast<const int64_t*>(t.const_data_ptr());
+}
+
+// What forward and backward are called with, besides gradients.
+struct Inputs {
+  const List &q, &k, &v, &q_weight, &k_weight, &q_bias, &k_bias, &index;
+  const Optional* tables;  // cos, sin, position_index of q, then of k
   const std::vector<int64_t>& axes;
+  int64_t norm;
+  double eps;
+  int64_t pairing, law;
+
+  size_t streams() const { return std::max<size_t>(index.size(), 1); }
+  const Tensor& x(bool is_k, size_t stream) const {
+    const List& list = is_k ? k : q;
+    return list.size() == 1 ? list[0] : list[stream];
+  }
+  void check() const {
+    STD_TORCH_CHECK(!q.empty() && q.size() == k.size() && (q.size() == 1 || q.size() == streams()),
+                    "sora_kernels: expected q and k, one or as many as index");
+    STD_TORCH_CHECK(v.empty() || (v.size() == index.size() && q.size() > 1),
+                    "sora_kernels: v: expected one for each of several streams");
+    for (const List* list : {&q_weight, &k_weight, &q_bias, &k_bias})
+      STD_TORCH_CHECK(list->empty() || list->size() == streams(),
+                      "sora_kernels: expected weights and biases for each stream");
+  }
 };
 
-// What forward and backward share. `keep` owns converted vectors for the time of the call.
-void fill(QkNormRope& a, const Tensor& q, const Tensor& k, const Optional& q_weight,
-          const Optional& k_weight, const Rope& rope, int64_t norm, double eps, int64_t pairing,
-          int64_t law, std::vector<std::vector<float>>& keep) {
-  keep.reserve(4);
-  a.width = q.size(q.dim() - 1);
-  a.type = dtype_of(q);
-  STD_TORCH_CHECK(k.dim() == q.dim() && k.size(k.dim() - 1) == a.width && dtype_of(k) == a.type,
-                  "sora_kernels: k: expected the rank, head width and dtype of q");
-  a.norm = static_cast<int>(norm);
-  a.pairing = static_cast<int>(pairing);
-  a.eps = static_cast<float>(eps);
-  a.law = static_cast<int>(law);
-  int64_t side = 0;
-  for (const auto& [x, weight] : {std::tie(q, q_weight), std::tie(k, k_weight)}) {
-    QkSide& out = a.side[side++];
-    out.x = heads_of(x, "q, k");
-    out.heads = x.size(x.dim() - 2);
-    out.tokens = x.dim() == 3 ? x.size(0) : x.size(0) * x.size(1);
-    const int64_t size = a.width * (a.norm == kRmsFull ? out.heads : 1);
-    out.weight = vector_of(weight, size, "weight", keep);
-  }
-  if (!rope.cos) return;
-  STD_TORCH_CHECK(rope.sin && rope.position_index && !rope.axes.empty() &&
-                      rope.axes.size() <= kMaxAxes,
-                  "sora_kernels: rope: expected cos, sin, position_index and 1 to 4 axes");
+void fill_tables(QkNormRope& a, const Inputs& in) {
+  if (!in.tables[0]) return;
+  for (int i = 1; i < 6; ++i)
+    STD_TORCH_CHECK(in.tables[i], "sora_kernels: rope: expected cos, sin and position_index twice");
+  STD_TORCH_CHECK(!in.axes.empty() && in.axes.size() <= kMaxAxes,
+                  "sora_kernels: rope: expected 1 to 4 axes");
   int64_t pairs = 0;
-  for (int64_t size : rope.axes) a.axis_end[a.axes++] = pairs += size / 2;
-  const Tensor &cos = *rope.cos, &sin = *rope.sin;
-  a.per_head = cos.dim() == 3;
-  for (const Tensor& table : {cos, sin})
-    STD_TORCH_CHECK(dtype_of(table) == DType::f32 && table.is_contiguous() &&
-                        table.dim() == cos.dim() && table.size(table.dim() - 1) == pairs &&
-                        2 * pairs <= a.width,
-                    "sora_kernels: rope: expected contiguous fp32 tables of ", pairs, " columns");
-  a.cos = static_cast<const float*>(cos.const_data_ptr());
-  a.sin = static_cast<const float*>(sin.const_data_ptr());
-  a.position_index = ints_of(rope.position_index, "position_index");
-  a.rope_tokens = rope.position_index->size(0);
-  a.num_positions = rope.position_index->size(1);
+  for (int64_t size : in.axes) a.axis_end[a.axes++] = pairs += size / 2;
+  a.rotate = true;
+  a.per_head = in.tables[0]->dim() == 3;
+  a.num_positions = in.tables[2]->size(1);
   STD_TORCH_CHECK(a.num_positions == 1 || a.num_positions == a.axes,
                   "sora_kernels: position_index: expected [N, 1] or [N, axes]");
-  STD_TORCH_CHECK(a.rope_tokens > 0 || a.side[0].tokens == 0,
-                  "sora_kernels: position_index: expected one row per token, got none");
-}
-
-int64_t most_tokens(const QkNormRope& a) { return std::max(a.side[0].tokens, a.side[1].tokens); }
-
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Optional q_weight, Optional k_weight,
-                                   Optional q_bias, Optional k_bias, Optional cos, Optional sin,
-                                   Optional position_index, std::vector<int64_t> axes, int64_t norm,
-                                   double eps, int64_t pairing, int64_t law) {
-  QkNormRope a{};
-  std::vector<std::vector<float>> keep;
-  fill(a, q, k, q_weight, k_weight, {cos, sin, position_index, axes}, norm, eps, pairing, law,
-       keep);
-  a.side[0].bias = vector_of(q_bias, a.width, "q_bias", keep);
-  a.side[1].bias = vector_of(k_bias, a.width, "k_bias", keep);
-  Tensor yq = empty(q, shape_of(q), q.scalar_type());
-  Tensor yk = empty(k, shape_of(k), k.scalar_type());
-  a.side[0].y = data(yq);
-  a.side[1].y = data(yk);
-  a.stream = static_cast<int64_t>((yq.numel() + yk.numel()) * yq.element_size()) >= kStreamBytes;
-  const int64_t work = a.width * (a.side[0].heads + a.side[1].heads);
-  torch::stable::parallel_for(0, most_tokens(a), 1 + 16384 / (work + 1), [&](int64_t b, int64_t e) {
-    SORA_CALL_KERNEL_BF16(qk_norm_rope_fwd, a, b, e);
-  });
-  return {yq, yk};
-}
-
-Gradients backward(Tensor dyq, Tensor dyk, Tensor q, Tensor k, Optional q_weight, Optional k_weight,
-                   Optional cos, Optional sin, Optional position_index, std::vector<int64_t> axes,
-                   int64_t norm, double eps, int64_t pairing, int64_t law, int64_t needs) {
-  QkNormRope a{};
-  std::vector<std::vector<float>> keep;
-  fill(a, q, k, q_weight, k_weight, {cos, sin, position_index, axes}, norm, eps, pairing, law,
-       keep);
-  std::vector<Tensor> partials;
-  std::vector<Tensor> out;  // dq, dk, dq_weight, dk_weight, dq_bias, dk_bias
-  for (int bit = 0; bit < 6; ++bit) {
-    const Tensor& x = bit % 2 ? k : q;
-    QkSide& side = a.side[bit % 2];
-    const bool needed = needs >> bit & 1;
-    const int64_t size = a.width * (a.norm == kRmsFull ? side.heads : 1);
-    if (bit < 2) {
-      out.push_back(empty(x, needed ? shape_of(x) : std::vector<int64_t>{0}, x.scalar_type()));
-    } else {
-      out.push_back(empty(x, {needed ? size : 0}, ScalarType::Float));
-    }
-    if (!needed) continue;
-    side.wanted = true;
-    if (bit < 2) {
-      side.dx = data(out.back());
-      continue;
-    }
-    const int64_t blocks = (side.tokens + kQkBlock - 1) / kQkBlock;
-    partials.push_back(empty(x, {blocks, size}, ScalarType::Float));
-    (bit < 4 ? side.dweight : side.dbias) = data<float>(out.back());
-    (bit < 4 ? side.dweight_partial : side.dbias_partial) = data<float>(partials.back());
-  }
   for (int s = 0; s < 2; ++s) {
-    const Tensor& dy = s ? dyk : dyq;
-    if (!a.side[s].wanted) continue;
-    STD_TORCH_CHECK(shape_of(dy) == shape_of(s ? k : q) && dtype_of(dy) == a.type,
-                    "sora_kernels: dy: expected the shape and dtype of the input");
-    a.side[s].dy = heads_of(dy, "dy");
+    const Tensor &cos = *in.tables[3 * s], &sin = *in.tables[3 * s + 1];
+    const Optional& position = in.tables[3 * s + 2];
+    for (const Tensor& table : {cos, sin})
+      STD_TORCH_CHECK(dtype_of(table) == DType::f32 && table.is_contiguous() &&
+                          table.dim() == (a.per_head ? 3 : 2) && table.size(-1) == pairs &&
+                          2 * pairs <= a.width &&
+                          (!a.per_head || table.size(1) == a.side[s].heads),
+                      "sora_kernels: rope: expected contiguous fp32 tables of ", pairs, " columns");
+    a.side[s].cos = static_cast<const float*>(cos.const_data_ptr());
+    a.side[s].sin = static_cast<const float*>(sin.const_data_ptr());
+    a.side[s].position_index = ints_of(position, "position_index");
+    a.side[s].rope_tokens = position->size(0);
+    STD_TORCH_CHECK(position->size(1) == a.num_positions &&
+                        (position->size(0) > 0 || a.side[s].tokens == 0),
+                    "sora_kernels: position_index: expected one row per token");
   }
-  a.stream = static_cast<int64_t>((out[0].numel() + out[1].numel()) * out[0].element_size()) >=
-             kStreamBytes;
+  a.same_tables = a.side[0].cos == a.side[1].cos && a.side[0].sin == a.side[1].sin &&
+                  a.side[0].position_index == a.side[1].position_index &&
+                  a.side[0].rope_tokens == a.side[1].rope_tokens;
+}
+
+// One pass. `keep` owns converted vectors for the time of the call.
+QkNormRope pass_of(const Inputs& in, size_t stream, Kept& keep) {
+  QkNormRope a{};
+  keep.reserve(keep.size() + 4);
+  const Tensor& q = in.x(false, stream);
+  a.width = q.size(-1);
+  a.type = dtype_of(q);
+  a.norm = static_cast<int>(in.norm);
+  a.pairing = static_cast<int>(in.pairing);
+  a.eps = static_cast<float>(in.eps);
+  a.law = static_cast<int>(in.law);
+  a.gather = !in.index.empty() && in.q.size() == 1;
+  if (!in.index.empty()) a.index = index_of(in.index[stream]);
+  for (int s = 0; s < 2; ++s) {
+    const Tensor& x = in.x(s, stream);
+    STD_TORCH_CHECK(x.dim() == q.dim() && x.size(-1) == a.width && dtype_of(x) == a.type,
+                    "sora_kernels: k: expected the rank, head width and dtype of q");
+    QkSide& side = a.side[s];
+    side.x = heads_of(x, "q, k");
+    side.heads = x.size(-2);
+    side.tokens = tokens_of_heads(x);
+    if (a.index) {
+      const int64_t count = in.index[stream].numel();
+      STD_TORCH_CHECK(a.gather || side.tokens == count,
+                      "sora_kernels: index: expected one row for each token of its stream");
+      side.tokens = count;
+    }
+    const int64_t size = a.width * (a.norm == kRmsFull ? side.heads : 1);
+    side.weight = vector_of(at(s ? in.k_weight : in.q_weight, stream), size, "weight", keep);
+    side.bias = vector_of(at(s ? in.k_bias : in.q_bias, stream), a.width, "bias", keep);
+  }
+  fill_tables(a, in);
+  return a;
+}
+
+// Rows of a stream to or from their places in the packed sequence. Both have [H, D] per token.
+void copy_rows(const Tensor& from, Tensor& to, const Tensor& index, bool gather) {
+  const Heads x = heads_of(from, "v");
+  const int64_t* rows = index_of(index);
+  const int64_t heads = from.size(-2), size = from.element_size(), head = from.size(-1) * size;
+  STD_TORCH_CHECK(tokens_of_heads(gather ? to : from) == index.numel() && to.size(-2) == heads &&
+                      to.size(-1) == from.size(-1) && to.scalar_type() == from.scalar_type(),
+                  "sora_kernels: v: expected one row of index for each token");
+  char* out = data<char>(to);
+  torch::stable::parallel_for(0, index.numel(), 1 + 65536 / (heads * head + 1),
+                              [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t source = gather ? rows[n] : n, target = gather ? n : rows[n];
+      const char* row = static_cast<const char*>(x.data) +
+                        ((source / x.per_batch) * x.batch_stride +
+                         (source % x.per_batch) * x.token_stride) * size;
+      char* at = out + target * heads * head;
+      if (x.head_stride * size == head) {
+        std::memcpy(at, row, heads * head);
+      } else {
+        for (int64_t h = 0; h < heads; ++h)
+          std::memcpy(at + h * head, row + h * x.head_stride * size, head);
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(
+    List q, List k, List v, List q_weight, List k_weight, List q_bias, List k_bias, List index,
+    int64_t tokens, Optional cos, Optional sin, Optional position_index, Optional k_cos,
+    Optional k_sin, Optional k_position_index, std::vector<int64_t> axes, int64_t norm, double eps,
+    int64_t pairing, int64_t law) {
+  const Optional tables[] = {cos, sin, position_index, k_cos, k_sin, k_position_index};
+  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tables, axes, norm, eps,
+                  pairing, law};
+  in.check();
+  const auto output = [&](const List& x) {
+    if (x.empty()) return empty(q[0], {0}, q[0].scalar_type());
+    if (x.size() == 1) return empty(x[0], shape_of(x[0]), x[0].scalar_type());
+    return empty(x[0], {tokens, x[0].size(-2), x[0].size(-1)}, x[0].scalar_type());
+  };
+  Tensor out[] = {output(q), output(k), output(v)};
+  Kept keep;
+  for (size_t stream = 0; stream < in.streams(); ++stream) {
+    QkNormRope a = pass_of(in, stream, keep);
+    for (int s = 0; s < 2; ++s) a.side[s].y = data(out[s]);
+    a.stream = static_cast<int64_t>((out[0].numel() + out[1].numel()) * out[0].element_size()) >=
+               kStreamBytes;
+    const int64_t work = a.width * (a.side[0].heads + a.side[1].heads);
+    const int64_t most = std::max(a.side[0].tokens, a.side[1].tokens);
+    torch::stable::parallel_for(0, most, 1 + 16384 / (work + 1), [&](int64_t b, int64_t e) {
+      SORA_CALL_KERNEL_BF16(qk_norm_rope_fwd, a, b, e);
+    });
+    if (!v.empty()) copy_rows(v[stream], out[2], index[stream], false);
+  }
+  return {out[0], out[1], out[2]};
+}
+
+// Gradients of one pass into its places of `out`: x of q and k, then [weight, bias] of q and of k
+// (null where it is not needed).
+void backward_pass(QkNormRope& a, const Optional* dy, Tensor* const* x, Tensor* const* parameters) {
+  List partials;
+  for (int s = 0; s < 2; ++s) {
+    QkSide& side = a.side[s];
+    Tensor *weight = parameters[2 * s], *bias = parameters[2 * s + 1];
+    side.wanted = x[s] || weight || bias;
+    if (!side.wanted) continue;
+    STD_TORCH_CHECK(dy[s] && dtype_of(*dy[s]) == a.type && dy[s]->size(-1) == a.width &&
+                        dy[s]->size(-2) == side.heads,
+                    "sora_kernels: dy: expected the heads and dtype of the input");
+    side.dy = heads_of(*dy[s], "dy");
+    if (x[s]) side.dx = data(*x[s]);
+    const int64_t blocks = (side.tokens + kQkBlock - 1) / kQkBlock;
+    const auto partial = [&](Tensor* of) -> float* {
+      if (!of) return nullptr;
+      partials.push_back(empty(*of, {blocks, of->numel()}, ScalarType::Float));
+      return data<float>(partials.back());
+    };
+    side.dweight_partial = partial(weight);
+    side.dbias_partial = partial(bias);
+    side.dweight = weight ? data<float>(*weight) : nullptr;
+    side.dbias = bias ? data<float>(*bias) : nullptr;
+  }
   int64_t tokens = 0, chunks = 0;
   for (const QkSide& side : a.side) {
     if (side.wanted) tokens = std::max(tokens, side.tokens);
     chunks += (a.width * (a.norm == kRmsFull ? side.heads : 1) + kQkColumns - 1) / kQkColumns;
   }
-  const int64_t blocks = (tokens + kQkBlock - 1) / kQkBlock;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) {
+  torch::stable::parallel_for(0, (tokens + kQkBlock - 1) / kQkBlock, 1, [&](int64_t b, int64_t e) {
     SORA_CALL_KERNEL_BF16(qk_norm_rope_bwd, a, b, e);
   });
-  if (!partials.empty()) {
-    torch::stable::parallel_for(0, chunks, 16, [&](int64_t b, int64_t e) {
-      SORA_CALL_KERNEL_BF16(qk_norm_rope_bwd_finish, a, b, e);
-    });
+  if (partials.empty()) return;
+  torch::stable::parallel_for(0, chunks, 16, [&](int64_t b, int64_t e) {
+    SORA_CALL_KERNEL_BF16(qk_norm_rope_bwd_finish, a, b, e);
+  });
+}
+
+List backward(Optional dyq, Optional dyk, Optional dyv, List q, List k, List v, List q_weight,
+              List k_weight, List q_bias, List k_bias, List index, int64_t, Optional cos,
+              Optional sin, Optional position_index, Optional k_cos, Optional k_sin,
+              Optional k_position_index, std::vector<int64_t> axes, int64_t norm, double eps,
+              int64_t pairing, int64_t law, std::vector<int64_t> needs) {
+  const Optional tables[] = {cos, sin, position_index, k_cos, k_sin, k_position_index};
+  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tables, axes, norm, eps,
+                  pairing, law};
+  in.check();
+  const List* lists[] = {&q, &k, &v, &q_weight, &k_weight, &q_bias, &k_bias};
+  size_t start[8] = {0};
+  for (int i = 0; i < 7; ++i) start[i + 1] = start[i] + lists[i]->size();
+  STD_TORCH_CHECK(needs.size() == start[7], "sora_kernels: needs: expected one per tensor");
+  List out;
+  for (int i = 0; i < 7; ++i)
+    for (const Tensor& t : *lists[i])
+      out.push_back(empty(t, needs[out.size()] ? shape_of(t) : std::vector<int64_t>{0},
+                          i < 3 ? t.scalar_type() : ScalarType::Float));
+  const auto wanted = [&](int list, size_t stream) -> Tensor* {
+    if (lists[list]->empty()) return nullptr;
+    const size_t place = start[list] + (lists[list]->size() == 1 ? 0 : stream);
+    return needs[place] ? &out[place] : nullptr;
+  };
+  const Optional dy[] = {dyq, dyk};
+  Kept keep;
+  for (size_t stream = 0; stream < in.streams(); ++stream) {
+    QkNormRope a = pass_of(in, stream, keep);
+    Tensor* x[] = {wanted(0, stream), wanted(1, stream)};
+    Tensor* parameters[] = {wanted(3, stream), wanted(5, stream), wanted(4, stream),
+                            wanted(6, stream)};
+    int64_t bytes = 0;
+    for (const Tensor* t : x) bytes += t ? static_cast<int64_t>(t->numel() * t->element_size()) : 0;
+    a.stream = bytes >= kStreamBytes;
+    backward_pass(a, dy, x, parameters);
+    if (Tensor* dv = wanted(2, stream)) copy_rows(*dyv, *dv, index[stream], true);
   }
-  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+  return out;
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ constexpr int kMaxAxes = 4;
 constexpr int64_t kQkBlock = 32;     // tokens per block of the backward
 constexpr int64_t kQkColumns = 512;  // columns per unit of its second stage
 
-// The values are those of Norm and Pairing in ops/qk_norm_rope/__init__.py.
+// The values are those of Norm and Pairing in ops/qk_norm_rope/raw.py.
 enum QkNorm : int { kNoNorm = 0, kRms = 1, kLayer = 2, kRmsFull = 3 };
 enum QkPairing : int { kInterleaved = 0, kHalf = 1, kHalfPerAxis = 2 };
 
@@ -28,7 +28,11 @@ struct QkSide {
   Heads x;
   const float* weight;  // [D] or [H * D], or null
   const float* bias;    // [D] or null
-  void* y;              // forward: [tokens, H, D]
+  void* y;              // forward: [packed tokens, H, D]
+  const float* cos;  // [P, r/2] or [P, H, r/2]
+  const float* sin;
+  const int32_t* position_index;  // [rope_tokens, num_positions]
+  int64_t rope_tokens;
   // Backward; pointers are null where a gradient is not wanted.
   bool wanted;
   Heads dy;
@@ -39,13 +43,15 @@ struct QkSide {
   float* dbias;
 };
 
+// One pass. q and k have as many tokens, if they share an index or tables.
 struct QkNormRope {
   QkSide side[2];  // q, k
   int64_t width;   // D
-  const float* cos;  // [P, r/2] or [P, H, r/2], or null: no rotation
-  const float* sin;
-  const int32_t* position_index;  // [rope_tokens, num_positions]
-  int64_t rope_tokens, num_positions;
+  // One stream (text, or video) of a joint sequence: token n of the pass is packed row index[n].
+  const int64_t* index;  // null: packed row n
+  bool gather;           // x is packed too; else x is the stream alone, token n is its row n
+  bool rotate, same_tables;
+  int64_t num_positions;
   int64_t axis_end[kMaxAxes];  // in pairs; the last is r/2
   int axes;
   bool per_head;
@@ -55,6 +61,9 @@ struct QkNormRope {
   DType type;
   bool stream;  // outputs bypass the cache
 };
+
+inline int64_t packed_row(const QkNormRope& a, int64_t n) { return a.index ? a.index[n] : n; }
+inline int64_t input_row(const QkNormRope& a, int64_t n) { return a.gather ? a.index[n] : n; }
 
 }  // namespace sora
 

@@ -96,9 +96,12 @@ class FastHeads {
 
   void forward(int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      if (a.cos) load_angles(n);
-      for (const QkSide& side : a.side)
-        if (n < side.tokens) forward_token(side, n);
+      if (a.rotate && a.same_tables) load_angles(a.side[0], n);
+      for (const QkSide& side : a.side) {
+        if (n >= side.tokens) continue;
+        if (a.rotate && !a.same_tables) load_angles(side, n);
+        forward_token(side, n);
+      }
     }
     if (a.stream) stream_fence();
   }
@@ -109,9 +112,14 @@ class FastHeads {
       for (int s = 0; s < 2; ++s)
         for (float* row : sums_[s]) std::memset(row, 0, size(a.side[s]) * sizeof(float));
       for (int64_t n = block * kQkBlock; n < (block + 1) * kQkBlock; ++n) {
-        if (a.cos && (n < a.side[0].tokens || n < a.side[1].tokens)) load_angles(n);
-        for (int s = 0; s < 2; ++s)
-          if (a.side[s].wanted && n < a.side[s].tokens) backward_token(a.side[s], n, sums_[s]);
+        bool loaded = !a.rotate;
+        for (int s = 0; s < 2; ++s) {
+          const QkSide& side = a.side[s];
+          if (!side.wanted || n >= side.tokens) continue;
+          if (!loaded) load_angles(side, n);
+          loaded = !a.rotate || a.same_tables;
+          backward_token(side, n, sums_[s]);
+        }
       }
       for (int s = 0; s < 2; ++s) {
         const QkSide& side = a.side[s];
@@ -143,13 +151,14 @@ class FastHeads {
   }
   int64_t size(const QkSide& side) const { return side.heads * a.width; }
 
-  void load_angles(int64_t token) {
-    const int32_t* position = a.position_index + token % a.rope_tokens * a.num_positions;
+  void load_angles(const QkSide& side, int64_t n) {
+    const int32_t* position =
+        side.position_index + packed_row(a, n) % side.rope_tokens * a.num_positions;
     const int64_t half = a.width / 2;
     for (int64_t axis = 0, j = 0; axis < a.num_positions; ++axis) {
       const int64_t end = a.num_positions == 1 ? half : a.axis_end[axis];
-      const float* c = a.cos + position[axis] * half;
-      const float* s = a.sin + position[axis] * half;
+      const float* c = side.cos + position[axis] * half;
+      const float* s = side.sin + position[axis] * half;
       for (; j < end; ++j) {
         const int64_t first = Half ? j : 2 * j, second = Half ? j + half : 2 * j + 1;
         cos_[first] = cos_[second] = c[j];
@@ -169,9 +178,9 @@ class FastHeads {
   }
 
   void forward_token(const QkSide& side, int64_t n) {
-    const bool full = a.norm == kRmsFull, turned = a.cos;
+    const bool full = a.norm == kRmsFull, turned = a.rotate;
     const float count = static_cast<float>(a.width);
-    const T* token = token_of<T>(side.x, n);
+    const T* token = token_of<T>(side.x, input_row(a, n));
     H c, s, bias{}, x, y;
     tables(side, full, c, s, bias);
     Vec scale = splat(1.0f);
@@ -201,7 +210,7 @@ class FastHeads {
         for (int i = 0; i < Registers; ++i) y.v[i] = y.v[i] + bias.v[i];
       y.store(out_ + h * a.width);
     }
-    write(static_cast<T*>(side.y) + n * size(side), size(side));
+    write(static_cast<T*>(side.y) + packed_row(a, n) * size(side), size(side));
   }
 
   // cos, sin and the rotated bias of one token, the weight of the norm folded in unless it differs
@@ -213,8 +222,8 @@ class FastHeads {
     if (side.bias) bias.load(side.bias, a.width);
     const H plain = bias;
     for (int i = 0; i < Registers; ++i) {
-      const Vec cosine = a.cos ? load(cos_ + i * kLanes) : splat(1.0f);
-      const Vec sine = a.cos ? load(sin_ + i * kLanes) : Vec{};
+      const Vec cosine = a.rotate ? load(cos_ + i * kLanes) : splat(1.0f);
+      const Vec sine = a.rotate ? load(sin_ + i * kLanes) : Vec{};
       c.v[i] = cosine * weight.v[i];
       s.v[i] = sine * weight.partner(i);
       bias.v[i] = plain.v[i] * cosine + plain.partner(i) * sine;
@@ -223,7 +232,7 @@ class FastHeads {
 
   // d(output of the affine part) of one head: the gradient turned back.
   void turn_back(const T* dy, const H& c, const H& s, H& du) const {
-    if (!a.cos) return du.load(dy, a.width);
+    if (!a.rotate) return du.load(dy, a.width);
     H in;
     in.load(dy, a.width);
     for (int i = 0; i < Registers; ++i)
@@ -234,10 +243,11 @@ class FastHeads {
     const bool full = a.norm == kRmsFull, layer = a.norm == kLayer;
     const bool bias = side.dbias_partial, weighted = side.dweight_partial;
     const float count = static_cast<float>(a.width * (full ? side.heads : 1));
-    const T* xs = token_of<T>(side.x, n);
-    const T* dys = token_of<T>(side.dy, n);
+    const int64_t row = input_row(a, n);
+    const T* xs = token_of<T>(side.x, row);
+    const T* dys = token_of<T>(side.dy, packed_row(a, n));
     H c, s, weight, x, du, g, dweight{}, dbias{};
-    for (int i = 0; i < Registers && a.cos; ++i) {
+    for (int i = 0; i < Registers && a.rotate; ++i) {
       c.v[i] = load(cos_ + i * kLanes);
       s.v[i] = -load(sin_ + i * kLanes);
     }
@@ -282,7 +292,7 @@ class FastHeads {
     }
     if (weighted && !full) add(dweight, sums[0]);
     if (bias) add(dbias, sums[1]);
-    if (side.dx) write(static_cast<T*>(side.dx) + n * size(side), size(side));
+    if (side.dx) write(static_cast<T*>(side.dx) + row * size(side), size(side));
   }
 
   void add(const H& head, float* to) const {
@@ -316,8 +326,8 @@ inline bool run_pairing(const QkNormRope& a, Run&& run) {
 // Calls run(FastHeads) and returns true if the call is one of the common cases.
 template <class T, class Run>
 inline bool run_fast(const QkNormRope& a, Run&& run) {
-  if (a.per_head || (a.cos && 2 * a.axis_end[a.axes - 1] != a.width)) return false;
-  if (a.pairing == kInterleaved || !a.cos) return run_pairing<T, false>(a, run);
+  if (a.per_head || (a.rotate && 2 * a.axis_end[a.axes - 1] != a.width)) return false;
+  if (a.pairing == kInterleaved || !a.rotate) return run_pairing<T, false>(a, run);
   if (a.pairing == kHalf) return run_pairing<T, true>(a, run);
   return false;
 }

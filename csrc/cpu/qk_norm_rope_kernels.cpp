@@ -57,16 +57,18 @@ class Angles {
  public:
   Angles(const QkNormRope& args, Scratch& scratch) : a(args), cos_(scratch.row()), sin_(scratch.row()) {}
 
-  void load(int64_t token, int64_t head, int64_t heads) {
-    const int32_t* position = a.position_index + token % a.rope_tokens * a.num_positions;
+  // n: a token of the pass; head only matters to tables per head.
+  void load(const QkSide& side, int64_t n, int64_t head = 0) {
+    const int32_t* position =
+        side.position_index + packed_row(a, n) % side.rope_tokens * a.num_positions;
     const int64_t half = a.axis_end[a.axes - 1];
     const Rounding<T, Law> round{a.law};
     for (int64_t axis = 0, j = 0; axis < a.num_positions; ++axis) {
       const int64_t end = a.num_positions == 1 ? half : a.axis_end[axis];
       int64_t row = position[axis];
-      if (a.per_head) row = row * heads + head;
-      const float* c = a.cos + row * half;
-      const float* s = a.sin + row * half;
+      if (a.per_head) row = row * side.heads + head;
+      const float* c = side.cos + row * half;
+      const float* s = side.sin + row * half;
       if (a.pairing == kInterleaved) {
         for (int64_t i = j; i < end; ++i) {
           cos_[2 * i] = cos_[2 * i + 1] = c[i];
@@ -90,7 +92,7 @@ class Angles {
   // what get(d, io) returns.
   template <bool Back, class Get, class Put>
   void rotate(Get&& get, Put&& put) const {
-    const int64_t turned = a.cos ? 2 * a.axis_end[a.axes - 1] : 0;
+    const int64_t turned = a.rotate ? 2 * a.axis_end[a.axes - 1] : 0;
     if (a.pairing == kInterleaved) {
       const Rounding<T, Law && !Back> round{a.law};
       for_row(turned, [&](int64_t d, auto io) {
@@ -139,7 +141,7 @@ void statistics(const QkNormRope& a, const QkSide& side, int64_t n, Stats stats)
   if (a.norm == kNoNorm) return;
   const int64_t heads = side.heads;
   for (int64_t h = 0; h < heads; ++h) {
-    const T* x = head_row<T>(side.x, n, h);
+    const T* x = head_row<T>(side.x, input_row(a, n), h);
     if (a.norm == kLayer) {
       const float mean = sum_row(a.width, [&](int64_t d, auto io) { return io.get(x + d); }) /
                          static_cast<float>(a.width);
@@ -199,15 +201,17 @@ void forward(const QkNormRope& a, int64_t begin, int64_t end) {
   Workspace<T, Law> w(a, 0);
   const Rounding<T, Law> round{a.law};
   for (int64_t n = begin; n < end; ++n) {
-    if (a.cos && !a.per_head) w.angles.load(n, 0, 0);
+    bool loaded = a.per_head || !a.rotate;
     for (const QkSide& side : a.side) {
       if (n >= side.tokens) continue;
+      if (!loaded) w.angles.load(side, n);
+      loaded = loaded || a.same_tables;
       const int64_t size = side.heads * a.width;
-      T* y = static_cast<T*>(side.y) + n * size;
+      T* y = static_cast<T*>(side.y) + packed_row(a, n) * size;
       statistics<T>(a, side, n, w.stats);
       for (int64_t h = 0; h < side.heads; ++h) {
-        if (a.per_head) w.angles.load(n, h, side.heads);
-        const T* x = head_row<T>(side.x, n, h);
+        if (a.per_head) w.angles.load(side, n, h);
+        const T* x = head_row<T>(side.x, input_row(a, n), h);
         T* out = (a.stream ? w.out : y) + h * a.width;
         const auto put = [&](int64_t d, auto io, Vec v) { io.put(out + d, v); };
         if (a.norm == kNoNorm) {
@@ -251,20 +255,21 @@ void token_backward(const QkNormRope& a, const QkSide& side, int64_t n, Workspac
                     float* g_row, float* dweight_row, float* dbias_row) {
   const Rounding<T, Law> round{a.law};
   const int64_t width = a.width;
-  T* dx = static_cast<T*>(side.dx) + n * side.heads * width;
+  const int64_t row = input_row(a, n);
+  T* dx = static_cast<T*>(side.dx) + row * side.heads * width;
   T* out_row = a.stream ? w.out : dx;
   statistics<T>(a, side, n, w.stats);
   float total_first = 0.0f, total_second = 0.0f;
   for (int64_t h = 0; h < side.heads; ++h) {
-    if (a.per_head) w.angles.load(n, h, side.heads);
-    const T* dy = head_row<T>(side.dy, n, h);
+    if (a.per_head) w.angles.load(side, n, h);
+    const T* dy = head_row<T>(side.dy, packed_row(a, n), h);
     const auto get = [&](int64_t d, auto io) { return io.get(dy + d); };
     if (a.norm == kNoNorm) {
       T* out = out_row + h * width;
       w.angles.template rotate<true>(get, [&](int64_t d, auto io, Vec v) { io.put(out + d, v); });
       continue;
     }
-    const T* x = head_row<T>(side.x, n, h);
+    const T* x = head_row<T>(side.x, row, h);
     const Vec mean = splat(w.stats.mean[h]), rstd = splat(w.stats.rstd[h]);
     const float* weight = head_weight(a, side, h);
     float* g_head = g_row + h * width;
@@ -290,7 +295,7 @@ void token_backward(const QkNormRope& a, const QkSide& side, int64_t n, Workspac
     const Vec slope = splat((full ? total_second : w.mean_gx[h]) * inverse);
     const Vec offset = splat(a.norm == kLayer ? w.mean_g[h] * inverse : 0.0f);
     const Vec mean = splat(w.stats.mean[h]), rstd = splat(w.stats.rstd[h]);
-    const T* x = head_row<T>(side.x, n, h);
+    const T* x = head_row<T>(side.x, row, h);
     const float* g = g_row + h * width;
     T* out = out_row + h * width;
     for_row(width, [&](int64_t d, auto io) {
@@ -312,12 +317,12 @@ void backward(const QkNormRope& a, int64_t begin, int64_t end) {
     for (auto& side : sums)
       for (float* sum : side) std::memset(sum, 0, a.width * w.most * sizeof(float));
     for (int64_t n = block * kQkBlock; n < (block + 1) * kQkBlock; ++n) {
-      bool loaded = a.per_head || !a.cos;
+      bool loaded = a.per_head || !a.rotate;
       for (int s = 0; s < 2; ++s) {
         const QkSide& side = a.side[s];
         if (!side.wanted || n >= side.tokens) continue;
-        if (!loaded) w.angles.load(n, 0, 0);
-        loaded = true;
+        if (!loaded) w.angles.load(side, n);
+        loaded = loaded || a.same_tables;
         token_backward<T, Law>(a, side, n, w, g_row, side.dweight_partial ? sums[s][0] : nullptr,
                                side.dbias_partial ? sums[s][1] : nullptr);
       }

@@ -32,7 +32,8 @@ class Rope:
     is the axis that owns pair `j` (`axis_of_pair[j]`).
 
     Attributes:
-        cos, sin: fp32 `[P, r/2]`; P counts the distinct positions over all axes.
+        cos, sin: fp32 `[P, r/2]`; P counts the distinct positions over all axes. Or `[P, H, r/2]`
+            for angles that differ per head.
         position_index: int32 `[N, A]`, row of the table per token and axis.
         axes: rotated features per axis, even, summing to `r`; axis 0 owns the first pairs.
     """
@@ -43,23 +44,43 @@ class Rope:
     axes: tuple[int, ...]
 
     @staticmethod
-    def from_tables(cos: Tensor, sin: Tensor) -> Rope:
-        """Uses given tables, one row per token: `cos`, `sin` floating `[N, r/2]`.
+    def from_tables(cos: Tensor, sin: Tensor, *, per_head: bool = False) -> Rope:
+        """Uses given tables, one row per token, of whatever a model computes.
+
+        Args:
+            cos, sin: floating `[N, r/2]`, or `[B, L, r/2]` for samples that differ. With
+                `per_head` (Mochi, LTX) there is a dimension of heads before the last.
 
         Raises:
             TypeError: a table is not a floating tensor.
-            ValueError: shapes or devices differ, or the tables are not two-dimensional.
+            ValueError: shapes or devices differ, or the tables have too few dimensions.
         """
         for name, table in (("cos", cos), ("sin", sin)):
             if not isinstance(table, Tensor) or not table.is_floating_point():
                 raise TypeError(f"{name}: expected a floating tensor, got {_describe(table)}")
-        if cos.dim() != 2 or cos.shape != sin.shape or cos.device != sin.device:
+        least = 3 if per_head else 2
+        if cos.dim() not in (least, least + 1) or cos.shape != sin.shape:
             raise ValueError(
-                "cos, sin: expected one shape [N, r/2] on one device, got "
-                f"{_describe(cos)} and {_describe(sin)}"
+                f"cos, sin: expected one shape {'[N, H, r/2]' if per_head else '[N, r/2]'}, or "
+                f"with a batch before it, got {_describe(cos)} and {_describe(sin)}"
             )
+        if cos.device != sin.device:
+            raise ValueError(f"sin: expected the device of cos, {cos.device}, got {sin.device}")
+        if cos.dim() > least:
+            cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
         index = torch.arange(cos.shape[0], dtype=torch.int32, device=cos.device)[:, None]
-        return Rope(cos.float().contiguous(), sin.float().contiguous(), index, (2 * cos.shape[1],))
+        return Rope(cos.float().contiguous(), sin.float().contiguous(), index, (2 * cos.shape[-1],))
+
+    def padded(self, before: int = 0, after: int = 0) -> Rope:
+        """Tokens that are not turned (text, padding) around these: angle 0 on every axis."""
+        still = [torch.full_like(t[:1], value) for t, value in ((self.cos, 1.0), (self.sin, 0.0))]
+        cos, sin = torch.cat((self.cos, still[0])), torch.cat((self.sin, still[1]))
+        width = self.position_index.shape[1]
+        rows = [
+            torch.full((n, width), self.cos.shape[0], dtype=torch.int32, device=cos.device)
+            for n in (as_int("before", before, 0), as_int("after", after, 0))
+        ]
+        return Rope(cos, sin, torch.cat((rows[0], self.position_index, rows[1])), self.axes)
 
     @property
     def num_tokens(self) -> int:
@@ -68,7 +89,7 @@ class Rope:
     @property
     def rotary_dim(self) -> int:
         """r, the number of rotated features per head."""
-        return 2 * self.cos.shape[1]
+        return 2 * self.cos.shape[-1]
 
     @property
     def axis_of_pair(self) -> tuple[int, ...]:
@@ -76,16 +97,18 @@ class Rope:
         return tuple(a for a, size in enumerate(self.axes) for _ in range(size // 2))
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """The tables per token, `cos` and `sin` fp32 `[N, r/2]`: for references and tests."""
+        """The tables per token, fp32 `[N, r/2]` or `[N, H, r/2]`: for references and tests."""
         tables = []
+        single = self.position_index.shape[1] == 1
         for table in (self.cos, self.sin):
             columns = []
             start = 0
             for axis, size in enumerate(self.axes):
-                column = table[:, start : start + size // 2]
-                columns.append(column.index_select(0, self.position_index[:, axis]))
+                column = table[..., start : start + size // 2]
+                rows = self.position_index[:, 0 if single else axis]
+                columns.append(column.index_select(0, rows))
                 start += size // 2
-            tables.append(torch.cat(columns, dim=1))
+            tables.append(torch.cat(columns, dim=-1))
         return tables[0], tables[1]
 
     def slice(self, start: int, stop: int) -> Rope:

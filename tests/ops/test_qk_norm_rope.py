@@ -427,26 +427,28 @@ def test_laws_keep_the_2x_rule(backend: str, law: Any) -> None:
 
 def raw_arguments(norm: int = 1, rope: bool = True) -> tuple[Any, ...]:
     q, k = randn(12, 2, 8, seed=1), randn(12, 1, 8, seed=2)
-    weights = (randn(8, seed=3), None, randn(8, seed=4) if norm == 2 else None, None)
+    lists = ([q], [k], [], [randn(8, seed=3)], [], [randn(8, seed=4)] if norm == 2 else [], [])
     table = make_rope(12, (4, 2, 2))
     tables = (table.cos, table.sin, table.position_index) if rope else (None, None, None)
-    return (q, k, *weights, *tables, [4, 2, 2] if rope else [], norm, 1e-6, 0, 0)
+    return (*lists, [], 0, *tables, *tables, [4, 2, 2] if rope else [], norm, 1e-6, 0, 0)
 
 
-@pytest.mark.parametrize(("norm", "rope", "needs"), [(1, True, 7), (2, False, 0b010111)])
-def test_opcheck(norm: int, rope: bool, needs: int) -> None:
+@pytest.mark.parametrize(
+    ("norm", "rope", "needs"), [(1, True, [1, 1, 1]), (2, False, [1, 0, 1, 1])]
+)
+def test_opcheck(norm: int, rope: bool, needs: list[int]) -> None:
     ops = torch.ops.sora_kernels
     arguments = raw_arguments(norm, rope)
     torch.library.opcheck(ops.qk_norm_rope_fwd.default, arguments)
-    q, k, q_weight, k_weight, _, _, *rest = arguments
-    backward = (torch.randn_like(q), torch.randn_like(k), q, k, q_weight, k_weight, *rest, needs)
+    dy = [torch.randn_like(arguments[side][0]) for side in (0, 1)]
+    backward = (*dy, None, *arguments, needs)
     torch.library.opcheck(ops.qk_norm_rope_bwd.default, backward)
 
 
 def test_raw_op_refuses_to_lose_a_gradient() -> None:
     arguments = raw_arguments()
     with pytest.raises(RuntimeError, match="has no gradient"):
-        torch.ops.sora_kernels.qk_norm_rope_fwd(arguments[0].requires_grad_(), *arguments[1:])
+        torch.ops.sora_kernels.qk_norm_rope_fwd([arguments[0][0].requires_grad_()], *arguments[1:])
 
 
 def test_fullgraph_and_dynamic_length() -> None:

@@ -2,62 +2,39 @@
 
 from __future__ import annotations
 
-from enum import IntEnum, IntFlag
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ... import backend, laws
+from . import checks
+from .raw import LISTS, OP, Norm, Pairing, split
 from .reference import qk_norm_rope_reference
 
 if TYPE_CHECKING:
     from ...packing import Rope
 
-__all__ = ["qk_norm_rope"]
-
-_OP = "qk_norm_rope"
-MAX_AXES = 4
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class Norm(IntEnum):
-    NONE = 0
-    RMS = 1
-    LAYER = 2
-    RMS_FULL = 3
-
-
-class Pairing(IntEnum):
-    INTERLEAVED = 0
-    HALF = 1
-    HALF_PER_AXIS = 2
-
-
-class Need(IntFlag):
-    """Which gradients a backward call computes."""
-
-    Q = 1
-    K = 2
-    Q_WEIGHT = 4
-    K_WEIGHT = 8
-    Q_BIAS = 16
-    K_BIAS = 32
-
+__all__ = ["joint_index", "qk_norm_rope", "qk_norm_rope_joint"]
 
 _NORMS = {None: Norm.NONE, "rms": Norm.RMS, "layer": Norm.LAYER, "rms_full": Norm.RMS_FULL}
 _PAIRINGS = {p.name.lower(): p for p in Pairing}
+
+Parameter = Tensor | Sequence[Tensor]
 
 
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
+    q_weight: Parameter | None = None,
+    k_weight: Parameter | None = None,
     rope: Rope | None = None,
     *,
-    q_bias: Tensor | None = None,
-    k_bias: Tensor | None = None,
+    k_rope: Rope | None = None,
+    q_bias: Parameter | None = None,
+    k_bias: Parameter | None = None,
+    groups: Sequence[Tensor] | None = None,
     norm: str | None = "rms",
     eps: float = 1e-6,
     pairing: str = "interleaved",
@@ -78,15 +55,20 @@ def qk_norm_rope(
     Args:
         q: ``[N, Hq, D]`` packed or ``[B, L, Hq, D]`` dense; fp32, bf16, fp16 (fp64: reference).
             Any strides with ``stride(-1) == 1``. D is even.
-        k: the same with Hk heads; its own number of tokens is allowed if ``rope`` is None.
+        k: the same with Hk heads; its own number of tokens is allowed if ``rope`` is None or
+            ``k_rope`` is given.
         q_weight: scale of the norm, ``[D]``, or ``[Hq * D]`` for ``rms_full``; any float dtype.
         k_weight: the same for k.
         rope: tables and positions, of N (dense: L, or B * L) tokens. The first r components of a
             head are rotated, r = ``sum(rope.axes)``, the rest pass through. ``cos`` and ``sin``
             are ``[P, r/2]``, or ``[P, H, r/2]`` for angles that differ per head (Mochi, LTX).
             None: norm only.
+        k_rope: tables of k, if they are not those of q (LTX-2); same axes, own values and length.
         q_bias: bias of the LayerNorm, ``[D]``; only with ``norm="layer"``.
         k_bias: the same for k.
+        groups: token numbers, int64, of G groups that together hold every token once, e.g.
+            ``(layout.text_tokens, layout.grid_tokens)``. Each weight and bias is then a sequence
+            of G tensors (or ``[G, D]``): joint models norm text and video by weights of their own.
         norm: ``"rms"``, ``"layer"``, ``"rms_full"`` or None.
         eps: added to the mean square (variance).
         pairing: which components form a pair: ``"interleaved"`` (2j, 2j+1), ``"half"`` (j, j+r/2),
@@ -99,287 +81,258 @@ def qk_norm_rope(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
     """
-    norm_code = _lookup("norm", norm, _NORMS)
-    pairing_code = _lookup("pairing", pairing, _PAIRINGS)
-    mask = laws.resolve(law)
-    _check_qk(q, k, rope is not None)
-    _check_params(q, k, norm, q_weight, k_weight, q_bias, k_bias)
-    cos = sin = position_index = None
-    axes: tuple[int, ...] = ()
-    if rope is not None:
-        cos, sin, position_index, axes = rope.cos, rope.sin, rope.position_index, rope.axes
-        _check_rope(q, k, cos, sin, position_index, axes)
-
-    chosen = backend.choose(_OP, q)
-    if chosen == "reference":
-        return qk_norm_rope_reference(
-            q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, position_index, tuple(axes),
-            norm=norm, eps=eps, pairing=pairing, points=_point_names(mask),
-        )  # fmt: skip
-    tensors: tuple[Tensor | None, ...] = (q, k, q_weight, k_weight, q_bias, k_bias)
-    rest = (cos, sin, position_index, list(axes), norm_code, eps, pairing_code, mask)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        if torch.compiler.is_compiling():
-            tensors = _distinct(tensors)
-        yq, yk = _QkNormRope.apply(chosen, *tensors, *rest)
-        return yq, yk
-    yq, yk = _forward(chosen)(*tensors, *rest)
+    checks.check_pair(q, k, groups is not None or (rope is not None and k_rope is None))
+    index = [] if groups is None else list(groups)
+    if groups is not None:
+        checks.check_index("groups", index, q.shape[:-2].numel(), q)
+    count = None if groups is None else len(index)
+    lists = {
+        "q": [q],
+        "k": [k],
+        "v": [],
+        "q_weight": checks.parameters("q_weight", q_weight, q, norm, count),
+        "k_weight": checks.parameters("k_weight", k_weight, k, norm, count),
+        "q_bias": checks.parameters("q_bias", q_bias, q, norm, count),
+        "k_bias": checks.parameters("k_bias", k_bias, k, norm, count),
+    }
+    tables = _tables(q, k, q.shape[:-2], k.shape[:-2], rope, k_rope)
+    yq, yk, _ = _run(lists, index, 0, tables, rope, norm, eps, pairing, law)
     return yq, yk
 
 
-# --- checks -------------------------------------------------------------------------------------
+def qk_norm_rope_joint(
+    streams: Sequence[Sequence[Tensor]],
+    q_weight: Parameter | None = None,
+    k_weight: Parameter | None = None,
+    rope: Rope | None = None,
+    *,
+    index: Sequence[Tensor] | None = None,
+    k_rope: Rope | None = None,
+    q_bias: Parameter | None = None,
+    k_bias: Parameter | None = None,
+    norm: str | None = "rms",
+    eps: float = 1e-6,
+    pairing: str = "interleaved",
+    law: laws.Law = "fp32_once",
+) -> tuple[Tensor, ...]:
+    """:func:`qk_norm_rope` of separate text and video tensors, written into one packed q and k.
 
+    Joint models (HunyuanVideo, Flux, SD3, CogVideoX, Mochi) project text and video apart, norm
+    them with weights of their own, concatenate and rotate. Here each token is written to its row
+    of the joint sequence at once; v, if given, is copied there. There is no concatenation, and the
+    backward reads the joint gradient where it is.
 
-def _lookup(name: str, value: Any, table: dict[Any, Any]) -> int:
-    try:
-        return int(table[value])
-    except (KeyError, TypeError):
-        raise ValueError(f"{name}: expected one of {list(table)}, got {value!r}") from None
+    Args:
+        streams: ``(q, k)`` or ``(q, k, v)`` for each of two or more streams, such as text and
+            video, each ``[n, H, D]`` packed or ``[B, l, H, D]`` dense, as in ``qk_norm_rope``.
+        q_weight, k_weight, q_bias, k_bias: one tensor for each stream (or ``[G, D]``), or None.
+        rope: tables of the joint sequence of N (dense: L, or B * L) tokens, in its order.
+        index: where the tokens of each stream go, int64, e.g. ``(layout.text_tokens,
+            layout.grid_tokens)``; together every row once. None: one stream after the other
+            (within each sample), ``joint_index``; build that once per batch and pass it.
+        k_rope, norm, eps, pairing, law: as in ``qk_norm_rope``.
 
+    Returns:
+        q', k' (and v'): contiguous ``[N, H, D]``, or ``[B, L, H, D]`` for dense streams.
 
-def _check_qk(q: Tensor, k: Tensor, rotated: bool) -> None:
-    for name, x in (("q", q), ("k", k)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.dtype not in _FLOATS:
-            raise TypeError(f"{name}: expected fp32, bf16, fp16 or fp64, got {x.dtype}")
-        if x.ndim not in (3, 4):
-            raise ValueError(f"{name}: expected [N, H, D] or [B, L, H, D], got {tuple(x.shape)}")
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name}: expected stride 1 in the last dimension, got {x.stride()}")
-    if k.dtype != q.dtype:
-        raise TypeError(f"k: expected the dtype of q, {q.dtype}, got {k.dtype}")
-    if k.device != q.device:
-        raise ValueError(f"k: expected the device of q, {q.device}, got {k.device}")
-    if k.ndim != q.ndim or k.shape[-1] != q.shape[-1]:
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
+    """
+    parts = [tuple(stream) for stream in streams]
+    if len(parts) < 2 or len({len(p) for p in parts}) != 1 or len(parts[0]) not in (2, 3):
         raise ValueError(
-            f"k: expected the rank and head width of q, {tuple(q.shape)}, got {tuple(k.shape)}"
+            "streams: expected at least two of (q, k), or of (q, k, v), got tuples of "
+            f"{[len(p) for p in parts]}"
         )
-    if rotated and k.shape[:-2] != q.shape[:-2]:
-        raise ValueError(
-            f"k: expected the tokens of q, {tuple(q.shape[:-2])}, got {tuple(k.shape[:-2])}"
-        )
-    if q.shape[-1] == 0 or q.shape[-1] % 2:
-        raise ValueError(f"q: expected an even head width, got {q.shape[-1]}")
+    lists: dict[str, list[Tensor]] = {
+        name: [p[i] for p in parts] if i < len(parts[0]) else [] for i, name in enumerate("qkv")
+    }
+    first = parts[0][0]
+    for s, part in enumerate(parts):
+        for i, name in enumerate("qkv"[: len(part)]):
+            checks.check_pair(part[0], part[i], True, (f"streams[{s}].q", f"streams[{s}].{name}"))
+            like = parts[0][i]
+            if part[i].ndim != like.ndim or part[i].shape[-2:] != like.shape[-2:]:
+                raise ValueError(
+                    f"streams[{s}].{name}: expected heads like {tuple(like.shape)}, "
+                    f"got {tuple(part[i].shape)}"
+                )
+            if part[i].dtype != first.dtype or part[i].device != first.device:
+                raise TypeError(
+                    f"streams[{s}].{name}: expected {first.dtype} on {first.device}, "
+                    f"got {part[i].dtype} on {part[i].device}"
+                )
+        if first.ndim == 4 and part[0].shape[0] != first.shape[0]:
+            raise ValueError(f"streams[{s}].q: expected batch {first.shape[0]}")
+    lengths = [p[0].shape[-3] for p in parts]
+    batch = first.shape[0] if first.ndim == 4 else 1
+    if index is None:
+        index = joint_index(lengths, batch, device=first.device)
+    if len(index) != len(parts):
+        raise ValueError(f"index: expected one for each of {len(parts)} streams, got {len(index)}")
+    checks.check_index("index", index, [batch * n for n in lengths], first)
+    outer = (batch, sum(lengths)) if first.ndim == 4 else (sum(lengths),)
+    tables = _tables(first, parts[0][1], outer, outer, rope, k_rope)
+    for name, given in (("q_weight", q_weight), ("k_weight", k_weight),
+                        ("q_bias", q_bias), ("k_bias", k_bias)):  # fmt: skip
+        lists[name] = checks.parameters(name, given, lists[name[0]][0], norm, len(parts))
+    results = _run(lists, list(index), batch * sum(lengths), tables, rope, norm, eps, pairing, law)
+    return tuple(y.view(*outer, *y.shape[-2:]) for y in results[: len(parts[0])])
 
 
-def _check_params(
+def joint_index(
+    lengths: Sequence[int], batch: int = 1, *, device: torch.device | str | None = None
+) -> tuple[Tensor, ...]:
+    """Rows of streams that follow each other within each of B samples: int64 ``[B * l]`` each."""
+    total = sum(lengths)
+    starts = torch.arange(batch, device=device)[:, None] * total
+    result, before = [], 0
+    for length in lengths:
+        rows = starts + torch.arange(before, before + length, device=device)
+        result.append(rows.flatten())
+        before += length
+    return tuple(result)
+
+
+# --- one way for both ---------------------------------------------------------------------------
+
+_Tables = list[Tensor | None]  # cos, sin, position_index of q, then of k
+
+
+def _tables(
     q: Tensor,
     k: Tensor,
+    q_outer: Sequence[int],
+    k_outer: Sequence[int],
+    rope: Rope | None,
+    k_rope: Rope | None,
+) -> _Tables:
+    if rope is None:
+        if k_rope is not None:
+            raise ValueError("k_rope: expected None without rope, got tables")
+        return [None] * 6
+    found: _Tables = []
+    for name, x, outer, r in (("rope", q, q_outer, rope), ("k_rope", k, k_outer, k_rope or rope)):
+        tokens = outer[0] if len(outer) == 1 else outer[0] * outer[1]
+        checks.check_rope("rope" if k_rope is None else name, r, x, tokens, outer[-1])
+        found += [r.cos, r.sin, r.position_index]
+    if k_rope is not None:
+        checks.check_k_rope(k_rope, rope)
+    return found
+
+
+def _run(
+    lists: dict[str, list[Tensor]],
+    index: list[Tensor],
+    tokens: int,
+    tables: _Tables,
+    rope: Rope | None,
     norm: str | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_bias: Tensor | None,
-) -> None:
-    for name, x, t in (
-        ("q_weight", q, q_weight),
-        ("k_weight", k, k_weight),
-        ("q_bias", q, q_bias),
-        ("k_bias", k, k_bias),
-    ):
-        if t is None:
-            continue
-        if norm is None or (name.endswith("bias") and norm != "layer"):
-            raise ValueError(f"{name}: expected None with norm={norm!r}, got a tensor")
-        if not isinstance(t, Tensor) or t.dtype not in _FLOATS:
-            raise TypeError(f"{name}: expected a float tensor, got {getattr(t, 'dtype', type(t))}")
-        if t.device != q.device:
-            raise ValueError(f"{name}: expected the device of q, {q.device}, got {t.device}")
-        width = x.shape[-1] * (x.shape[-2] if norm == "rms_full" else 1)
-        if t.ndim != 1 or t.shape[0] != width:
-            raise ValueError(f"{name}: expected shape [{width}], got {tuple(t.shape)}")
-
-
-def _check_rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, index: Tensor, axes: tuple[int, ...]
-) -> None:
-    width = sum(axes)
-    if not 1 <= len(axes) <= MAX_AXES or any(a < 0 or a % 2 for a in axes) or width == 0:
-        raise ValueError(f"rope.axes: expected 1 to {MAX_AXES} even sizes, got {tuple(axes)}")
-    if width > q.shape[-1]:
-        raise ValueError(f"rope.axes: expected a sum of at most {q.shape[-1]}, got {tuple(axes)}")
-    for name, table in (("rope.cos", cos), ("rope.sin", sin)):
-        if table.dtype != torch.float32 and q.dtype != torch.float64:
-            raise TypeError(f"{name}: expected float32, got {table.dtype}")
-        if table.ndim not in (2, 3) or table.shape[-1] != width // 2 or table.shape != cos.shape:
-            raise ValueError(
-                f"{name}: expected [P, {width // 2}] or [P, H, {width // 2}], "
-                f"got {tuple(table.shape)}"
+    eps: float,
+    pairing: str,
+    law: laws.Law,
+) -> tuple[Tensor, Tensor, Tensor]:
+    norm_code = checks.lookup("norm", norm, _NORMS)
+    pairing_code = checks.lookup("pairing", pairing, _PAIRINGS)
+    mask = laws.resolve(law)
+    axes = [] if rope is None else list(rope.axes)
+    q = lists["q"][0]
+    chosen = backend.choose(OP, q)
+    if chosen == "reference":
+        options: dict[str, Any] = {
+            "norm": norm,
+            "eps": eps,
+            "pairing": pairing,
+            "points": _point_names(mask),
+        }
+        sides = []
+        for side, at in (("q", 0), ("k", 3)):
+            table: Any = None if rope is None else tuple(tables[at : at + 3])
+            sides.append(
+                qk_norm_rope_reference(
+                    lists[side],
+                    lists[f"{side}_weight"],
+                    lists[f"{side}_bias"],
+                    index,
+                    tokens,
+                    table,
+                    tuple(axes),
+                    **options,
+                )  # fmt: skip
             )
-        if not table.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {table.stride()}")
-        if table.ndim == 3 and not table.shape[1] == q.shape[-2] == k.shape[-2]:
-            raise ValueError(
-                f"{name}: expected one table for each of the {q.shape[-2]} heads of q and "
-                f"{k.shape[-2]} of k, got {table.shape[1]}"
-            )
-    if index.dtype != torch.int32 or not index.is_contiguous():
-        raise TypeError(f"rope.position_index: expected contiguous int32, got {index.dtype}")
-    if index.ndim != 2 or index.shape[1] not in (1, len(axes)):
-        raise ValueError(
-            f"rope.position_index: expected [N, 1] or [N, {len(axes)}], got {tuple(index.shape)}"
-        )
-    tokens = q.shape[0] if q.ndim == 3 else q.shape[0] * q.shape[1]
-    if index.shape[0] != tokens and not (q.ndim == 4 and index.shape[0] == q.shape[1]):
-        raise ValueError(f"rope: expected {tokens} tokens, got {index.shape[0]}")
-    for name, t in (("cos", cos), ("sin", sin), ("position_index", index)):
-        if t.device != q.device:
-            raise ValueError(f"rope.{name}: expected the device of q, {q.device}, got {t.device}")
+        v = q.new_empty(0)
+        if lists["v"]:
+            v = qk_norm_rope_reference(lists["v"], index=index, tokens=tokens, norm=None)
+        return sides[0], sides[1], v
+    flat = [t for name in LISTS for t in lists[name]]
+    sizes = [len(lists[name]) for name in LISTS]
+    rest = (tokens, *tables, axes, norm_code, float(eps), pairing_code, mask)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in flat):
+        if torch.compiler.is_compiling():
+            flat = _distinct(flat)
+        return _QkNormRope.apply(chosen, sizes, len(index), rest, *flat, *index)
+    forward = backend.implementation(OP, "fwd", chosen, q)
+    return forward(*split(flat, sizes), index, *rest)
 
 
 def _point_names(mask: int) -> frozenset[str]:
     return frozenset(p.name.lower() for p in laws.Point if p.name and p & mask)
 
 
-# --- autograd -----------------------------------------------------------------------------------
-
-
-def _forward(chosen: str) -> Any:
-    if chosen == "triton" and backend.interpreting():
-        from . import kernels
-
-        return kernels.forward
-    return torch.ops.sora_kernels.qk_norm_rope_fwd
-
-
-def _backward(chosen: str) -> Any:
-    if chosen == "triton" and backend.interpreting():
-        from . import kernels
-
-        return kernels.backward
-    return torch.ops.sora_kernels.qk_norm_rope_bwd
-
-
 class _QkNormRope(torch.autograd.Function):
     """Saves its inputs only: the statistics are recomputed from the row that is read anyway."""
 
     @staticmethod
-    def forward(ctx: Any, chosen: str, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        q_weight, k_weight, q_bias, k_bias, cos, sin, position_index, *statics = args
-        ctx.chosen = chosen
-        ctx.statics = statics
-        ctx.dtypes = [None if t is None else t.dtype for t in args[:4]]
+    def forward(
+        ctx: Any, chosen: str, sizes: list[int], groups: int, rest: Any, *flat: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors, index = list(flat[: sum(sizes)]), list(flat[sum(sizes) :])
+        ctx.chosen, ctx.sizes, ctx.statics = chosen, sizes, (rest[0], rest[7:])
+        ctx.dtypes = [t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
-        norm = statics[1]
-        # A rotation alone needs no input to go back; shapes and dtypes come from the gradients.
-        saved = (None, None) if norm == Norm.NONE else (q, k)
-        ctx.save_for_backward(*saved, q_weight, k_weight, cos, sin, position_index)
-        return _forward(chosen)(q, k, *args)
+        # A rotation alone needs no input to go back: shape and dtype are those of the gradient.
+        ctx.rotation = rest[8] == Norm.NONE and not groups
+        saved = tensors[2:] if ctx.rotation else tensors
+        ctx.save_for_backward(*saved, *index, *rest[1:7])
+        forward = backend.implementation(OP, "fwd", chosen, tensors[0])
+        return forward(*split(tensors, sizes), index, *rest)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        q, k, q_weight, k_weight, cos, sin, position_index = ctx.saved_tensors
-        dyq, dyk = grads
-        needs = 0
-        for bit, wanted in enumerate(ctx.needs_input_grad[1:7]):
-            if wanted and (dyq, dyk)[bit % 2] is not None:
-                needs |= 1 << bit
-        out: list[Tensor | None] = [None] * 6
-        if needs:
-            # The side without a gradient is not touched; its stand-in only fills the argument.
-            dyq = dyk if dyq is None else dyq
-            dyk = dyq if dyk is None else dyk
-            assert dyq is not None and dyk is not None
-            dyq, dyk = _dense(dyq), _dense(dyk)
-            computed = _backward(ctx.chosen)(
-                dyq, dyk, q if q is not None else dyq, k if k is not None else dyk,
-                q_weight, k_weight, cos, sin, position_index, *ctx.statics, needs,
-            )  # fmt: skip
-            out = [g if needs >> bit & 1 else None for bit, g in enumerate(computed)]
+        dys = [None if g is None else _dense(g) for g in grads]
+        saved, tables = list(ctx.saved_tensors[:-6]), ctx.saved_tensors[-6:]
+        if ctx.rotation:
+            stand_in = [dy for dy in dys[:2] if dy is not None]
+            if not stand_in:
+                return (None,) * (4 + len(ctx.dtypes))
+            saved = [stand_in[0], stand_in[-1], *saved]
+        count = len(ctx.dtypes)
+        lists, index = split(saved[:count], ctx.sizes), saved[count:]
+        of = [LISTS[i][0] for i, size in enumerate(ctx.sizes) for _ in range(size)]  # q, k or v
+        needs = [
+            int(want and dys["qkv".index(side)] is not None)
+            for side, want in zip(of, ctx.needs_input_grad[4:], strict=False)
+        ]
+        out: list[Tensor | None] = [None] * count
+        if any(needs):
+            tokens, statics = ctx.statics
+            run = backend.implementation(OP, "bwd", ctx.chosen, saved[0])
+            computed = run(*dys, *lists, index, tokens, *tables, *statics, needs)
             for i, dtype in enumerate(ctx.dtypes):
-                grad = out[2 + i]
-                if grad is not None and grad.dtype != dtype:
-                    out[2 + i] = grad.to(dtype)
-        return None, *out, *([None] * (3 + len(ctx.statics)))
+                if needs[i]:
+                    out[i] = computed[i].to(dtype)
+        return None, None, None, None, *out, *([None] * len(index))
 
 
-def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _distinct(tensors: list[Tensor]) -> list[Tensor]:
     """Views for repetitions: torch.compile refuses one tensor for two inputs of a Function."""
-    result = list(tensors)
-    for i in (1, 3, 5):
-        t = tensors[i]
-        if t is not None and t is tensors[i - 1]:
-            result[i] = t.view_as(t)
-    return tuple(result)
+    seen: list[Tensor] = []
+    for t in tensors:
+        seen.append(t.view_as(t) if any(t is other for other in seen) else t)
+    return seen
 
 
 def _dense(grad: Tensor) -> Tensor:
     """Kernels take any outer strides, but rows of stride 1 (a sum's gradient has stride 0)."""
     return grad if grad.stride(-1) == 1 else grad.contiguous()
-
-
-# --- registration -------------------------------------------------------------------------------
-
-_COMMON = (
-    "Tensor? cos, Tensor? sin, Tensor? position_index, int[] axes, "
-    "int norm, float eps, int pairing, int law"
-)
-backend.define(
-    f"{_OP}_fwd(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, "
-    f"Tensor? k_bias, {_COMMON}) -> (Tensor, Tensor)"
-)
-backend.define(
-    f"{_OP}_bwd(Tensor dyq, Tensor dyk, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, "
-    f"{_COMMON}, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _fake_fwd(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-def _fake_bwd(
-    dyq: Tensor,
-    dyk: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    position_index: Tensor | None,
-    axes: list[int],
-    norm: int,
-    eps: float,
-    pairing: int,
-    law: int,
-    needs: int,
-) -> tuple[Tensor, ...]:
-    return new_gradients(q, k, norm, needs)
-
-
-def new_gradients(q: Tensor, k: Tensor, norm: int, needs: int) -> tuple[Tensor, ...]:
-    """Uninitialised results of a backward; those that are not needed have no elements.
-
-    Gradients of weights and biases are fp32 here; autograd gets them in the parameter's dtype.
-    """
-    out = [x.new_empty(x.shape if needs & bit else (0,)) for bit, x in ((1, q), (2, k))]
-    for first in (Need.Q_WEIGHT, Need.Q_BIAS):
-        for side, x in enumerate((q, k)):
-            width = x.shape[-1] * (x.shape[-2] if norm == Norm.RMS_FULL else 1)
-            wanted = needs & (int(first) << side)
-            out.append(x.new_empty((width,) if wanted else (0,), dtype=torch.float32))
-    return tuple(out)
-
-
-def _cuda_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    from . import kernels
-
-    return kernels.forward(*args)
-
-
-def _cuda_bwd(*args: Any) -> tuple[Tensor, ...]:
-    from . import kernels
-
-    return kernels.backward(*args)
-
-
-backend.fake(f"{_OP}_fwd", _fake_fwd)
-backend.fake(f"{_OP}_bwd", _fake_bwd)
-if backend.HAS_TRITON:
-    backend.implement(f"{_OP}_fwd", "CUDA", _cuda_fwd)
-    backend.implement(f"{_OP}_bwd", "CUDA", _cuda_bwd)
-backend.guard_autograd(f"{_OP}_fwd")
-backend.guard_autograd(f"{_OP}_bwd")

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...laws import Point
-from . import Norm, Pairing
+from .raw import Norm, Pairing
 
 XHAT = tl.constexpr(int(Point.XHAT))
 BEFORE_ROPE = tl.constexpr(int(Point.AFFINE | Point.PRE_ROPE))
@@ -22,6 +22,15 @@ def round_at(x, POINT: tl.constexpr, LAW: tl.constexpr, dtype: tl.constexpr):
     if POINT & LAW:  # in this order: an int in the interpreter knows no constexpr
         x = x.to(dtype).to(tl.float32)
     return x
+
+
+@triton.jit
+def packed_row(index_ptr, token, token_mask):
+    """Row of a token in the packed sequence: looked up if it is one stream of several."""
+    if index_ptr is None:
+        return token
+    else:
+        return tl.load(index_ptr + token, mask=token_mask, other=0)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ cos, sin and each of the four products. A rounding is the identity to the gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -105,6 +105,7 @@ def _one(
     pairing: str,
     points: Collection[str],
 ) -> Tensor:
+    """Tokens ``[n, H, D]`` with tables ``[n, 1 or H, r/2]``."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def rounded(t: Tensor, *names: str) -> Tensor:
@@ -123,39 +124,55 @@ def _one(
         u = rounded(u, "affine")
     if tables is not None:
         u = rounded(u, "pre_rope")
-        cos, sin = (t.to(compute) for t in tables)
-        if x.ndim == 4 and cos.shape[0] == x.shape[0] * x.shape[1]:
-            cos, sin = (t.unflatten(0, x.shape[:2]) for t in (cos, sin))
-        u = _rotate(u, cos, sin, pairing, axes, rounded)
+        u = _rotate(u, tables[0].to(compute), tables[1].to(compute), pairing, axes, rounded)
     return u.to(x.dtype)
 
 
+Tables = tuple[Tensor, Tensor, Tensor]  # cos, sin, position_index
+
+
 def qk_norm_rope_reference(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    q_bias: Tensor | None = None,
-    k_bias: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    position_index: Tensor | None = None,
+    x: Sequence[Tensor],
+    weight: Sequence[Tensor] = (),
+    bias: Sequence[Tensor] = (),
+    index: Sequence[Tensor] = (),
+    tokens: int = 0,
+    tables: Tables | None = None,
     axes: tuple[int, ...] = (),
     *,
     norm: str | None = "rms",
     eps: float = 1e-6,
     pairing: str = "interleaved",
     points: Collection[str] = (),
-) -> tuple[Tensor, Tensor]:
-    """Differentiable definition. q ``[N, Hq, D]`` or ``[B, L, Hq, D]``, k alike; any float dtype.
+) -> Tensor:
+    """Differentiable definition of one side (q or k); any float dtype.
 
-    cos and sin are ``[P, r/2]`` (or ``[P, H, r/2]``, one table per head), position_index is
-    ``[N or L, A]``, and ``points`` names the rounding points of the law besides the final one.
+    ``x`` is one tensor ``[N, H, D]`` or ``[B, L, H, D]``, or one for each stream. ``index[s]``
+    lists the packed rows of the tokens of stream s, which ``weight[s]`` and ``bias[s]`` norm: of a
+    single ``x``, those rows are its own; of several, they are where its tokens go in the result
+    ``[tokens, H, D]``. Packed row n turns by row ``position_index[n % len(position_index)]`` of
+    the tables ``[P, r/2]`` (``[P, H, r/2]``: one for each head). ``points`` names the rounding
+    points of the law besides the final one.
     """
-    tables = None
-    if cos is not None:
-        assert sin is not None and position_index is not None
-        tables = expand_tables(cos, sin, position_index, axes)
-    yq = _one(q, q_weight, q_bias, tables, axes, norm, eps, pairing, points)
-    yk = _one(k, k_weight, k_bias, tables, axes, norm, eps, pairing, points)
-    return yq.contiguous(), yk.contiguous()
+    flat = [t.flatten(0, -3) for t in x]
+    shape = x[0].shape
+    if not index:
+        flat_index = [torch.arange(flat[0].shape[0], device=flat[0].device)]
+    else:
+        flat_index = [rows.long() for rows in index]
+        if len(x) == 1:
+            flat = [flat[0][rows] for rows in flat_index]
+        else:
+            shape = torch.Size((tokens, *shape[-2:]))
+    results = []
+    for s, (part, rows) in enumerate(zip(flat, flat_index, strict=True)):
+        angles = None
+        if tables is not None:
+            cos, sin, position_index = tables
+            angles = expand_tables(cos, sin, position_index[rows % len(position_index)], axes)
+        w, b = (group[s] if group else None for group in (weight, bias))
+        results.append(_one(part, w, b, angles, axes, norm, eps, pairing, points))
+    if not index:
+        return results[0].contiguous().view(shape)
+    source = torch.argsort(torch.cat(flat_index))  # of each packed row
+    return torch.cat(results)[source].view(shape)

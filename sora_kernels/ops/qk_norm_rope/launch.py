@@ -1,0 +1,86 @@
+"""What the launchers of ``qk_norm_rope`` share: one side (q or k) of one pass, and constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from math import gcd
+from typing import Any
+
+from torch import Tensor
+
+from ...laws import Point
+from .checks import MAX_AXES
+
+POINTS = int(Point.XHAT | Point.AFFINE | Point.PRE_ROPE | Point.ROPE)
+
+Strides = tuple[int, int, int]
+Tables = tuple[Tensor | None, Tensor | None, Tensor | None]  # cos, sin, position_index
+
+
+@dataclass
+class Side:
+    """q or k of one pass: its tokens, and where results go. ``y`` is dx in a backward."""
+
+    x: Tensor  # [N, H, D] or [B, L, H, D]
+    tokens: int  # of the pass
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    tables: Tables = (None, None, None)
+    y: Tensor | None = None
+    dy: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        return self.x.shape[-2]
+
+    @property
+    def length(self) -> int:
+        return length_of(self.x)
+
+    @property
+    def strides(self) -> Strides:
+        return strides_of(self.x)
+
+    @property
+    def rope_length(self) -> int:
+        return 1 if self.tables[2] is None else max(1, self.tables[2].shape[0])
+
+    @property
+    def wanted(self) -> tuple[bool, bool, bool]:
+        """Which of dx, dweight and dbias."""
+        return self.y is not None, self.dweight is not None, self.dbias is not None
+
+
+def length_of(x: Tensor) -> int:
+    """Tokens per batch entry, at least 1: a divisor."""
+    return max(1, x.shape[-3])
+
+
+def strides_of(x: Tensor) -> Strides:
+    return (0, x.stride(0), x.stride(1)) if x.ndim == 3 else (x.stride(0), x.stride(1), x.stride(2))
+
+
+def unit_of(*strides: Strides) -> int:
+    """Largest common power of two of the strides, up to 16.
+
+    Triton knows that an argument is a multiple of 16 but not of 8, which a head of 72 bf16
+    components needs for 16-byte accesses; so strides travel divided by this.
+    """
+    return gcd(16, *(s for group in strides for s in group))
+
+
+def rope_constants(axes: list[int], tables: Tables) -> dict[str, Any]:
+    cos, _, index = tables
+    ends = list(accumulate(size // 2 for size in axes)) or [0]
+    ends += [ends[-1]] * (MAX_AXES - len(ends))
+    return {
+        "B1": ends[0],
+        "B2": ends[1],
+        "B3": ends[2],
+        "R2": ends[3],
+        "NUM_POS": 1 if index is None else index.shape[1],
+        "PER_HEAD": cos is not None and cos.ndim == 3,
+    }
