@@ -101,11 +101,14 @@ def register(
     backward: str,
     fake_forward: Callable[..., Any],
     fake_backward: Callable[..., Any],
+    *,
+    cpu: str | None = None,
 ) -> None:
     """Defines the raw ops ``<op>_fwd`` and ``<op>_bwd`` of an op folder.
 
     ``forward`` and ``backward`` are schemas without the name. On CUDA they run ``forward`` and
-    ``backward`` of the folder's ``kernels.py``, on the CPU what the C++ library has.
+    ``backward`` of the folder's ``kernels.py``, on the CPU what the C++ library has, or those of
+    the folder's module ``cpu`` if the op is PyTorch's own kernels there.
     """
     for direction, schema, shapes in (
         ("fwd", forward, fake_forward),
@@ -114,25 +117,36 @@ def register(
         name = f"{op}_{direction}"
         define(name + schema)
         fake(name, shapes)
-        implement(name, "CUDA", functools.partial(_launch, op, direction))
+        implement(name, "CUDA", functools.partial(_launch, op, direction, "kernels"))
+        if cpu is not None:
+            implement(name, "CPU", functools.partial(_launch, op, direction, cpu))
         guard_autograd(name)
 
 
-def _launch(op: str, direction: str, *args: Any) -> Any:
-    return _launcher(op, direction)(*args)
+def _launch(op: str, direction: str, module: str, *args: Any) -> Any:
+    return _launcher(op, direction, module)(*args)
 
 
-def _launcher(op: str, direction: str) -> Callable[..., Any]:
-    """The Triton launcher of an op. Imported late: a machine without Triton needs none."""
-    kernels = importlib.import_module(f"{NAMESPACE}.ops.{op}.kernels")
-    return kernels.forward if direction == "fwd" else kernels.backward
+def _launcher(op: str, direction: str, module: str = "kernels") -> Callable[..., Any]:
+    """What runs an op outside C++. Imported late: a machine without Triton needs no kernels."""
+    launchers = importlib.import_module(f"{NAMESPACE}.ops.{op}.{module}")
+    return launchers.forward if direction == "fwd" else launchers.backward
 
 
 def implementation(op: str, direction: str, chosen: str, tensor: Tensor) -> Callable[..., Any]:
     """What runs ``op`` ("fwd" or "bwd") for a backend other than the reference."""
     if chosen == "triton" and not tensor.is_cuda:  # the interpreter
         return _launcher(op, direction)
-    return getattr(getattr(torch.ops, NAMESPACE), f"{op}_{direction}")
+    raw = getattr(getattr(torch.ops, NAMESPACE), f"{op}_{direction}").default
+    if torch.compiler.is_compiling():
+        return raw
+    return functools.partial(_below_autograd, raw)
+
+
+def _below_autograd(raw: Callable[..., Any], *args: Any) -> Any:
+    """Past the guard, which is Python called from C++ and would take as long as a small kernel."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return raw(*args)
 
 
 # --- choice -------------------------------------------------------------------------------------

@@ -55,6 +55,26 @@ def affine(xhat, weight_ptr, bias_ptr, cols, cols_mask, LAW: tl.constexpr, dtype
 
 
 @triton.jit
+def modulate(
+    normed, shift_ptr, shift_stride, scale_ptr, scale_stride, shift_table_ptr, scale_table_ptr,
+    rows, cols, mask, cols_mask, LAW: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """(1 + scale[row]) * normed + shift[row], either of them optional; the store rounds the sum."""
+    if scale_ptr is not None:
+        offsets = rows * scale_stride + cols
+        normed *= load_one_plus(
+            scale_ptr, scale_table_ptr, offsets, cols, mask, cols_mask, LAW, dtype
+        )
+        normed = round_if(normed, LAW, PRODUCT, dtype)
+    if shift_ptr is not None:
+        offsets = rows * shift_stride + cols
+        normed += load_modulation(
+            shift_ptr, shift_table_ptr, offsets, cols, mask, cols_mask, LAW, dtype
+        )
+    return normed
+
+
+@triton.jit
 def tanh(v):
     """tanh to fp32 rounding, near zero too (where zero-initialised gates begin).
 

@@ -9,11 +9,13 @@ and then its heads. No atomics; the order of summation depends on shapes alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import RowMap
 from ._launch import launch
 
 
@@ -43,6 +45,25 @@ def row_of(n, index_ptr, tokens_per_row):
 
 
 @triton.jit
+def rows_of(n, index_ptr, tokens_per_row, inside):
+    """Modulation rows of a block of tokens, some of which may lie outside."""
+    if index_ptr is not None:
+        rows = tl.load(index_ptr + n, mask=inside, other=0).to(tl.int64)
+    else:
+        rows = tl.where(inside, n, 0) // tokens_per_row
+    return rows
+
+
+@triton.jit
+def sorted_token(position, order_ptr):
+    """The token at a sorted position."""
+    n = position
+    if order_ptr is not None:
+        n = tl.load(order_ptr + position).to(tl.int64)
+    return n
+
+
+@triton.jit
 def row_bounds(row, offsets_ptr, tokens_per_row):
     """First and one-past-last sorted position of a row."""
     if offsets_ptr is not None:
@@ -62,6 +83,26 @@ def flush(total, row, first, last, start, end, block, grad_ptr, partial_ptr, wid
     tl.store(grad_ptr + row * width + cols, total, mask=mask & whole)
     partial = partial_ptr + (block * 2 + slot) * width + cols
     tl.store(partial, total, mask=mask & (whole == 0))
+
+
+@triton.jit
+def flush_four(
+    a, b, c, d, a_ptr, b_ptr, c_ptr, d_ptr, row, first, last, start, end, block, partial_ptr,
+    share, width, cols, mask,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """`flush` of up to four sums; the partials of each gradient take `share` elements."""
+    if A:
+        flush(a, row, first, last, start, end, block, a_ptr, partial_ptr, width, cols, mask)
+    if B:
+        flush(b, row, first, last, start, end, block, b_ptr, partial_ptr + share, width, cols,
+              mask)  # fmt: skip
+    if C:
+        flush(c, row, first, last, start, end, block, c_ptr, partial_ptr + 2 * share, width, cols,
+              mask)  # fmt: skip
+    if D:
+        flush(d, row, first, last, start, end, block, d_ptr, partial_ptr + 3 * share, width, cols,
+              mask)  # fmt: skip
 
 
 @triton.jit
@@ -94,25 +135,41 @@ def _finish_rows_kernel(
         tl.store(grad_ptr + row * width + cols, total, mask=mask)
 
 
-def finish_rows(grad: Tensor, partial: Tensor, rows: RowMap, block_tokens: int) -> None:
-    """Stage two for one gradient ``[R, D]``, given its partials ``[blocks, 2, D]``."""
-    num_rows, width = grad.shape
-    if rows.tokens_per_row == 1 or num_rows == 0:
-        return  # every row lies within one block
+def new_partials(
+    grads: Sequence[Tensor], index: Tensor | None, tokens_per_row: int, blocks: int, width: int
+) -> Tensor:
+    """Memory for the partials of `grads`, empty where every row lies within one block."""
+    spans = (index is not None or tokens_per_row != 1) and any(g.numel() > 0 for g in grads)
+    shape = (len(grads) if spans else 0, blocks, 2, width)
+    return grads[0].new_empty(shape, dtype=torch.float32)
+
+
+def finish_rows(
+    grads: Sequence[Tensor],
+    partials: Tensor,
+    offsets: Tensor | None,
+    tokens_per_row: int,
+    block_tokens: int,
+) -> None:
+    """Stage two of the gradients ``[R, D]`` that are not empty, from `new_partials`."""
+    if partials.shape[0] == 0:
+        return
     block_d = 128
-    launch(
-        _finish_rows_kernel,
-        (num_rows, triton.cdiv(width, block_d)),
-        grad.device,
-        partial,
-        rows.offsets,
-        grad,
-        width,
-        rows.tokens_per_row,
-        block_tokens,
-        BLOCK_B=16,
-        BLOCK_D=block_d,
-        num_warps=4,
-        num_stages=1,
-        enable_fp_fusion=True,
-    )
+    for grad, partial in zip(grads, partials, strict=True):
+        num_rows, width = grad.shape if grad.numel() > 0 else (0, 0)
+        launch(
+            _finish_rows_kernel,
+            (num_rows, triton.cdiv(width, block_d)),
+            grad.device,
+            partial,
+            offsets,
+            grad,
+            width,
+            tokens_per_row,
+            block_tokens,
+            BLOCK_B=16,
+            BLOCK_D=block_d,
+            num_warps=4,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )

@@ -5,6 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def row_stride(matrix: Tensor | None) -> int:
+    """Stride between the rows of a modulation; 0 for an absent one."""
+    return 0 if matrix is None else matrix.stride(0)
+
+
+def token_strides(x: Tensor | None) -> tuple[int, int]:
+    """Batch and token stride of a ``[B, L, D]`` tensor; zeros for an absent one."""
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+
+
+def modulation_grad(like: Tensor, want: int, of: Tensor | None, table: Tensor | None) -> Tensor:
+    """Memory for the gradient of a modulation, empty if it is absent or not wanted.
+
+    A gradient that is summed further, over rows (for its table), stays fp32.
+    """
+    if not want or of is None:
+        return like.new_empty(0, dtype=torch.float32)
+    return of.new_empty(of.shape, dtype=of.dtype if table is None else torch.float32)
+
+
+def vector_partials(like: Tensor, want: int, blocks: int, width: int) -> Tensor:
+    """Memory for the sums of each block of tokens, of a ``[D]`` gradient."""
+    return like.new_empty(blocks if want else 0, width, dtype=torch.float32)
+
+
+def vector_grad(partials: Tensor, want: int) -> Tensor:
+    """Stage two of a ``[D]`` gradient: torch.sum over the blocks is deterministic."""
+    return partials.sum(0) if want else partials.flatten()
 
 
 def launch(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import backend
 from ..rows import RowMap
+from ._config import MAX_WIDTH
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GRANULARITIES = ("all", "sample", "frame", "token")
@@ -90,13 +92,15 @@ def as_rows(
     lead: tuple[int, ...],
 ) -> Tensor | None:
     """A modulation as a ``[R, D]`` matrix with unit stride along D, checked."""
-    if tensor is None:
+    if tensor is None:  # in front of everything: most modulations of most calls are absent
         return None
     check_like(tensor, name, x.device)
     expected = (*lead, x.shape[-1])
     if tensor.shape != expected:
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
-    return unit_stride(tensor.reshape(rows.num_rows, x.shape[-1]))
+    if len(lead) != 1:
+        tensor = tensor.reshape(rows.num_rows, x.shape[-1])
+    return unit_stride(tensor)
 
 
 def frame_rows(x: Tensor, modulations: dict[str, Tensor | None]) -> tuple[RowMap, tuple[int, ...]]:
@@ -129,6 +133,11 @@ def modulation_rows(
     }
 
 
+def like_stream(out: Tensor, x: Tensor) -> Tensor:
+    """A kernel's ``[B, L, D]`` in the shape of ``x``."""
+    return out if x.dim() == 3 else out.view(x.shape)
+
+
 def output_dtype(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
     """Outputs have the dtype of ``x``; an fp32 residual stream may feed half-precision branches."""
     if out_dtype is None or out_dtype == x.dtype:
@@ -154,3 +163,33 @@ def check_branch(y: Tensor, name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected shape {tuple(x.shape)}, got {tuple(y.shape)}")
     if y.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} (that of x), got {y.device}")
+
+
+def choose(op: str, x: Tensor, *, whole_rows: bool = True) -> str:
+    """The backend of a row-wise op; ``whole_rows``: a kernel must hold a row in registers."""
+    chosen = backend.choose(op, x)
+    if x.numel() == 0:
+        return "reference"
+    if chosen == "triton" and whole_rows and x.shape[-1] > MAX_WIDTH:
+        return backend.fall_back(op, x, f"a row of {x.shape[-1]} > {MAX_WIDTH} does not fit")
+    return chosen
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """True if autograd must see this call."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:  # a loop: half the time of any() over a generator
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def grad_like(grad: Tensor, of: Tensor | None, need: bool) -> Tensor | None:
+    """A kernel's gradient in the dtype of its input, or None if autograd does not ask for it."""
+    return grad.to(of.dtype) if need and of is not None else None
+
+
+def table_grad(grad: Tensor, table: Tensor | None, need: bool) -> Tensor | None:
+    """The gradient of a per-block table: the sum over rows of its modulation's."""
+    return grad.sum(0).to(table.dtype) if need and table is not None else None

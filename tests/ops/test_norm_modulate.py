@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sora_kernels import RowMap, norm_modulate, use_backend
 from sora_kernels.laws import PRESETS, Point
-from sora_kernels.ops.norm_modulate import config
+from sora_kernels.ops import _config
 from tests.helpers import WIDTHS, check, poisoned, randn
 
 BACKENDS = ("native", "triton")
@@ -27,7 +27,7 @@ NAMES = (
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tokens per program of the Triton backward, as on a GPU with many more tokens."""
-    monkeypatch.setattr(config, "_MAX_PROGRAMS", 4)
+    monkeypatch.setattr(_config, "MAX_PROGRAMS", 4)
 
 
 def extra_ulp(backend: str, dtype: torch.dtype) -> float:

@@ -11,8 +11,18 @@ from torch.autograd.function import once_differentiable
 from ... import backend as _backend
 from ...laws import Law, resolve
 from ...rows import RowMap
-from .._modulation import as_tokens, check_branch, check_tokens, check_vector, modulation_rows
-from .config import MAX_WIDTH
+from .._modulation import (
+    as_tokens,
+    check_branch,
+    check_tokens,
+    check_vector,
+    choose,
+    grad_like,
+    like_stream,
+    modulation_rows,
+    table_grad,
+    wants_grad,
+)
 from .reference import gate_residual_reference
 
 OP = "gate_residual"
@@ -83,25 +93,16 @@ def gate_residual(
     row_map, mods = modulation_rows(x, rows, per, {"gate": gate})
     options = (row_map, bool(tanh), norm, float(eps), resolve(law))
     tensors = (mods["gate"], gate_table, weight)
-    chosen = _choose(x, norm)
+    chosen = choose(OP, x, whole_rows=norm is not None)
     if chosen == "reference":
-        return _reference(x, y, tensors, options).view(x.shape)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, *tensors)):
-        gated = any(t is not None and t.requires_grad for t in tensors[:2])
-        reads_y = gated or norm is not None  # else the backward is gate * dout alone
+        return _reference(x, y, tensors, options)
+    if wants_grad(x, y, *tensors):
+        # else the backward is gate * dout alone
+        reads_y = wants_grad(*tensors[:2]) or norm is not None
         out = _GateResidual.apply(as_tokens(x), as_tokens(y), chosen, options, reads_y, *tensors)
     else:
         out, _, _ = _forward(chosen, as_tokens(x), as_tokens(y), tensors, options)
-    return out.view(x.shape)
-
-
-def _choose(x: Tensor, norm: str | None) -> str:
-    chosen = _backend.choose(OP, x)
-    if x.numel() == 0:
-        return "reference"
-    if chosen == "triton" and norm is not None and x.shape[-1] > MAX_WIDTH:
-        return _backend.fall_back(OP, x, f"a row of {x.shape[-1]} > {MAX_WIDTH} does not fit")
-    return chosen
+    return like_stream(out, x)
 
 
 def _reference(
@@ -121,21 +122,8 @@ def _forward(
     options: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, tanh, norm, eps, law = options
-    if chosen == "triton" and not x.is_cuda:  # the interpreter
-        from . import kernels
-
-        run: Any = kernels.forward
-    else:
-        run = torch.ops.sora_kernels.gate_residual_fwd
+    run = _backend.implementation(OP, "fwd", chosen, x)
     return run(x, y, *tensors, rows.index, rows.tokens_per_row, tanh, NORMS[norm], eps, law)
-
-
-def _backward(chosen: str, dout: Tensor) -> Any:
-    if chosen == "triton" and not dout.is_cuda:  # the interpreter
-        from . import kernels
-
-        return kernels.backward
-    return torch.ops.sora_kernels.gate_residual_bwd
 
 
 def branch_gradients(
@@ -151,7 +139,7 @@ def branch_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dy and dgate of ``gate * y`` for ``dout`` ``[B, L, D]``; for ops built on this one."""
     nothing = dout.new_empty(0, dtype=torch.float32)
-    dy, dgate, _ = _backward(chosen, dout)(
+    dy, dgate, _ = _backend.implementation(OP, "bwd", chosen, dout)(
         dout, y, nothing, nothing, gate, gate_table, None, rows.index, rows.order, rows.offsets,
         rows.tokens_per_row, False, 0, law, y_dtype, needs,
     )  # fmt: skip
@@ -192,7 +180,7 @@ class _GateResidual(torch.autograd.Function):
         dweight: Any
         dy = dgate = dweight = None
         if needs:
-            run = _backward(ctx.chosen, dout)
+            run = _backend.implementation(OP, "bwd", ctx.chosen, dout)
             dy, dgate, dweight = run(
                 as_tokens(dout), y, mean, rstd, gate, gate_table, weight, index, order, offsets,
                 rows.tokens_per_row, tanh, NORMS[norm], law, ctx.y_dtype, needs,
@@ -203,25 +191,13 @@ class _GateResidual(torch.autograd.Function):
             None,
             None,
             None,
-            dgate.to(gate.dtype) if needs_gate else None,
-            dgate.sum(0).to(gate_table.dtype) if needs_table else None,
-            dweight.to(weight.dtype) if needs_weight else None,
+            grad_like(dgate, gate, needs_gate),
+            table_grad(dgate, gate_table, needs_table),
+            grad_like(dweight, weight, needs_weight),
         )
 
 
 # --- raw ops ------------------------------------------------------------------------------------
-
-_backend.define(
-    "gate_residual_fwd(Tensor x, Tensor y, Tensor? gate, Tensor? gate_table, Tensor? weight, "
-    "Tensor? index, SymInt tokens_per_row, bool tanh, int norm, float eps, int law) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_backend.define(
-    "gate_residual_bwd(Tensor dout, Tensor? y, Tensor mean, Tensor rstd, Tensor? gate, "
-    "Tensor? gate_table, Tensor? weight, Tensor? index, Tensor? order, Tensor? offsets, "
-    "SymInt tokens_per_row, bool tanh, int norm, int law, ScalarType y_dtype, int needs) "
-    "-> (Tensor, Tensor, Tensor)"
-)
 
 
 def _fake_fwd(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -250,21 +226,13 @@ def _fake_bwd(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _cuda_fwd(*args: Any) -> tuple[Tensor, ...]:
-    from . import kernels
-
-    return kernels.forward(*args)
-
-
-def _cuda_bwd(*args: Any) -> tuple[Tensor, ...]:
-    from . import kernels
-
-    return kernels.backward(*args)
-
-
-_backend.fake("gate_residual_fwd", _fake_fwd)
-_backend.fake("gate_residual_bwd", _fake_bwd)
-_backend.implement("gate_residual_fwd", "CUDA", _cuda_fwd)
-_backend.implement("gate_residual_bwd", "CUDA", _cuda_bwd)
-_backend.guard_autograd("gate_residual_fwd")
-_backend.guard_autograd("gate_residual_bwd")
+_backend.register(
+    OP,
+    "(Tensor x, Tensor y, Tensor? gate, Tensor? gate_table, Tensor? weight, Tensor? index, "
+    "SymInt tokens_per_row, bool tanh, int norm, float eps, int law) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dout, Tensor? y, Tensor mean, Tensor rstd, Tensor? gate, Tensor? gate_table, "
+    "Tensor? weight, Tensor? index, Tensor? order, Tensor? offsets, SymInt tokens_per_row, "
+    "bool tanh, int norm, int law, ScalarType y_dtype, int needs) -> (Tensor, Tensor, Tensor)",
+    _fake_fwd,
+    _fake_bwd,
+)

@@ -8,10 +8,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ...aot import AotCase
-from ...rows import RowMap
 from .._device import GATED, TANH, XHAT, affine, load_f32, load_modulation, tanh
-from .._grouped import finish_rows, flush, round_if, row_bounds, row_of, token_offset
-from .._launch import launch
+from .._grouped import (
+    finish_rows,
+    flush,
+    new_partials,
+    round_if,
+    row_bounds,
+    row_of,
+    rows_of,
+    sorted_token,
+    token_offset,
+)
+from .._launch import (
+    launch,
+    modulation_grad,
+    row_stride,
+    token_strides,
+    vector_grad,
+    vector_partials,
+)
 from . import config
 
 # Bits of `needs`, in the order of the backward's results.
@@ -70,10 +86,7 @@ def _gate_residual_fwd_kernel(
         branch = round_if(branch * rstd, LAW, XHAT, dtype)
         branch = affine(branch, weight_ptr, None, cols, cols_mask, LAW, dtype)
     if gate_ptr is not None:
-        if index_ptr is not None:
-            rows = tl.load(index_ptr + n, mask=inside, other=0).to(tl.int64)
-        else:
-            rows = tl.where(inside, n, 0) // tokens_per_row
+        rows = rows_of(n, index_ptr, tokens_per_row, inside)
         gate = load_modulation(
             gate_ptr, gate_table_ptr, rows * gate_stride + cols, cols, mask, cols_mask, LAW, dtype
         )
@@ -134,9 +147,7 @@ def _gate_residual_bwd_kernel(
 
     for i in range(end - start):
         position = start + i
-        n = position
-        if order_ptr is not None:
-            n = tl.load(order_ptr + position).to(tl.int64)
+        n = sorted_token(position, order_ptr)
         dout_offset = token_offset(n, per_batch, dout_batch_stride, dout_token_stride)
         dout = load_f32(dout_ptr + dout_offset + cols, mask)
         dbranch = dout
@@ -226,11 +237,9 @@ def forward(
         tokens,
         width,
         length,
-        x.stride(0),
-        x.stride(1),
-        y.stride(0),
-        y.stride(1),
-        0 if gate is None else gate.stride(0),
+        *token_strides(x),
+        *token_strides(y),
+        row_stride(gate),
         max(tokens_per_row, 1),
         eps,
         WITH_TANH=tanh,
@@ -274,14 +283,9 @@ def backward(
     blocks = triton.cdiv(tokens, block_tokens)
 
     dy = dout.new_empty(dout.shape if needs & DY else (0,), dtype=y_dtype)
-    dgate = dout.new_empty(0, dtype=torch.float32)
-    if needs & DGATE and gate is not None:
-        # A gradient that is summed further, over rows (tables), stays fp32.
-        dtype = gate.dtype if gate_table is None else torch.float32
-        dgate = gate.new_empty(gate.shape, dtype=dtype)
-    spans = needs & DGATE and (index is not None or tokens_per_row != 1)
-    partial = dout.new_empty(blocks if spans else 0, 2, width, dtype=torch.float32)
-    dweight = dout.new_empty(blocks if needs & DWEIGHT else 0, width, dtype=torch.float32)
+    dgate = modulation_grad(dout, needs & DGATE, gate, gate_table)
+    partial = new_partials((dgate,), index, tokens_per_row, blocks, width)
+    dweight = vector_partials(dout, needs & DWEIGHT, blocks, width)
     launch(
         _gate_residual_bwd_kernel,
         (blocks, triton.cdiv(width, block_d)),
@@ -303,11 +307,9 @@ def backward(
         tokens,
         width,
         length,
-        dout.stride(0),
-        dout.stride(1),
-        0 if y is None else y.stride(0),
-        0 if y is None else y.stride(1),
-        0 if gate is None else gate.stride(0),
+        *token_strides(dout),
+        *token_strides(y),
+        row_stride(gate),
         max(tokens_per_row, 1),
         block_tokens,
         NEEDS=needs,
@@ -319,16 +321,8 @@ def backward(
         num_stages=1,
         enable_fp_fusion=law == 0,
     )
-    if needs & DGATE:
-        per_row = max(tokens_per_row, 1) if index is None else 0
-        rows = RowMap(tokens, 0, per_row, index, order, offsets)
-        finish_rows(dgate, partial, rows, block_tokens)
-    # torch.sum over the blocks is deterministic: stage two of the vector.
-    return (
-        dy if needs & DY else dy.float(),
-        dgate,
-        dweight.sum(0) if needs & DWEIGHT else dweight.flatten(),
-    )
+    finish_rows((dgate,), partial, offsets, tokens_per_row, block_tokens)
+    return dy if needs & DY else dy.float(), dgate, vector_grad(dweight, needs & DWEIGHT)
 
 
 def aot_cases() -> list[AotCase]:

@@ -11,9 +11,19 @@ from torch.autograd.function import once_differentiable
 from ... import backend as _backend
 from ...laws import Law, Point, resolve
 from ...rows import RowMap
-from .._modulation import as_tokens, check_branch, check_tokens, check_vector, modulation_rows
+from .._modulation import (
+    as_tokens,
+    check_branch,
+    check_tokens,
+    check_vector,
+    choose,
+    grad_like,
+    like_stream,
+    modulation_rows,
+    table_grad,
+    wants_grad,
+)
 from ..gate_residual import branch_gradients
-from .config import MAX_WIDTH
 from .reference import gate_residual_norm_modulate_reference
 
 OP = "gate_residual_norm_modulate"
@@ -119,41 +129,19 @@ def gate_residual_norm_modulate(
         shift_table,
         scale_table,
     )
-    chosen = _choose(x)
+    chosen = choose(OP, x)
     if chosen == "reference":
         residual, normed = _reference(x, y, y2, tensors, options)
-    elif torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, y, y2, *tensors)
-    ):
-        keeps_x = _keeps_x(x, tensors, options[3])
-        residual, normed = _GateResidualNormModulate.apply(
-            as_tokens(x),
-            as_tokens(y),
-            None if y2 is None else as_tokens(y2),
-            chosen,
-            options,
-            keeps_x,
-            *tensors,
-        )
     else:
-        residual, normed, _, _ = _forward(
-            chosen,
-            as_tokens(x),
-            as_tokens(y),
-            None if y2 is None else as_tokens(y2),
-            tensors,
-            options,
-        )
-    return residual.view(x.shape), normed.view(x.shape)
-
-
-def _choose(x: Tensor) -> str:
-    chosen = _backend.choose(OP, x)
-    if x.numel() == 0:
-        return "reference"
-    if chosen == "triton" and x.shape[-1] > MAX_WIDTH:
-        return _backend.fall_back(OP, x, f"a row of {x.shape[-1]} > {MAX_WIDTH} does not fit")
-    return chosen
+        streams = (as_tokens(x), as_tokens(y), None if y2 is None else as_tokens(y2))
+        if wants_grad(x, y, y2, *tensors):
+            keeps_x = _keeps_x(x, tensors, options[3])
+            residual, normed = _GateResidualNormModulate.apply(
+                *streams, chosen, options, keeps_x, *tensors
+            )
+        else:
+            residual, normed, _, _ = _forward(chosen, *streams, tensors, options)
+    return like_stream(residual, x), like_stream(normed, x)
 
 
 def _keeps_x(x: Tensor, tensors: tuple[Tensor | None, ...], law: int) -> bool:
@@ -166,11 +154,11 @@ def _keeps_x(x: Tensor, tensors: tuple[Tensor | None, ...], law: int) -> bool:
     but sums over tokens in fp32 (scale, weight) would show it.
     """
 
-    def wanted(*which: int) -> bool:
-        return any(t is not None and t.requires_grad for t in (tensors[i] for i in which))
-
+    gate, gate2, weight, _, _, scale, gate_table, _, scale_table = tensors
     rounded = x.dtype is not torch.float32 and not law & Point.RESIDUAL
-    return wanted(0, 1, 6) or (rounded and wanted(2, 5, 8))
+    return wants_grad(gate, gate2, gate_table) or (
+        rounded and wants_grad(weight, scale, scale_table)
+    )
 
 
 def _reference(
@@ -195,12 +183,7 @@ def _forward(
     options: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, rms, eps, law, out_dtype = options
-    if chosen == "triton" and not x.is_cuda:  # the interpreter
-        from . import kernels
-
-        run: Any = kernels.forward
-    else:
-        run = torch.ops.sora_kernels.gate_residual_norm_modulate_fwd
+    run = _backend.implementation(OP, "fwd", chosen, x)
     return run(x, y, y2, *tensors, rows.index, rows.tokens_per_row, eps, rms, law, out_dtype)
 
 
@@ -252,12 +235,7 @@ class _GateResidualNormModulate(torch.autograd.Function):
             needs[4] or needs[7],
             needs[5] or needs[8],
         )
-        if ctx.chosen == "triton" and not x.is_cuda:
-            from . import kernels
-
-            run: Any = kernels.backward
-        else:
-            run = torch.ops.sora_kernels.gate_residual_norm_modulate_bwd
+        run = _backend.implementation(OP, "bwd", ctx.chosen, x)
         dx, dy, dy2, dgate, dgate2, dweight, dbias, dshift, dscale = run(
             None if dresidual is None else as_tokens(dresidual),
             as_tokens(dnormed),
@@ -277,9 +255,6 @@ class _GateResidualNormModulate(torch.autograd.Function):
             sum(1 << bit for bit, want in enumerate(wanted) if want),
         )
 
-        def like(grad: Tensor, of: Tensor | None, need: bool) -> Tensor | None:
-            return grad.to(of.dtype) if need and of is not None else None
-
         return (
             dx if needs_x else None,
             dx if as_dx else dy if needs_y else None,
@@ -287,15 +262,15 @@ class _GateResidualNormModulate(torch.autograd.Function):
             None,
             None,
             None,
-            like(dgate, gate, needs[0]),
-            like(dgate2, gate2, needs[1]),
-            like(dweight, weight, needs[2]),
-            like(dbias, bias, needs[3]),
-            like(dshift, shift, needs[4]),
-            like(dscale, scale, needs[5]),
-            like(dgate.sum(0), gate_table, needs[6]) if needs[6] else None,
-            like(dshift.sum(0), shift_table, needs[7]) if needs[7] else None,
-            like(dscale.sum(0), scale_table, needs[8]) if needs[8] else None,
+            grad_like(dgate, gate, needs[0]),
+            grad_like(dgate2, gate2, needs[1]),
+            grad_like(dweight, weight, needs[2]),
+            grad_like(dbias, bias, needs[3]),
+            grad_like(dshift, shift, needs[4]),
+            grad_like(dscale, scale, needs[5]),
+            table_grad(dgate, gate_table, needs[6]),
+            table_grad(dshift, shift_table, needs[7]),
+            table_grad(dscale, scale_table, needs[8]),
         )
 
     @staticmethod
@@ -345,17 +320,6 @@ _TENSORS = (
     "Tensor? gate, Tensor? gate2, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, "
     "Tensor? gate_table, Tensor? shift_table, Tensor? scale_table, Tensor? index, "
 )
-_backend.define(
-    f"gate_residual_norm_modulate_fwd(Tensor x, Tensor y, Tensor? y2, {_TENSORS} "
-    "SymInt tokens_per_row, float eps, bool rms, int law, ScalarType out_dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-_backend.define(
-    "gate_residual_norm_modulate_bwd(Tensor? dresidual, Tensor dnormed, Tensor x, Tensor? y, "
-    f"Tensor? y2, Tensor mean, Tensor rstd, {_TENSORS} Tensor? order, Tensor? offsets, "
-    "SymInt tokens_per_row, bool rms, int law, ScalarType y_dtype, int needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def _fake_fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -396,21 +360,14 @@ def _fake_bwd(
     )
 
 
-def _cuda_fwd(*args: Any) -> tuple[Tensor, ...]:
-    from . import kernels
-
-    return kernels.forward(*args)
-
-
-def _cuda_bwd(*args: Any) -> tuple[Tensor, ...]:
-    from . import kernels
-
-    return kernels.backward(*args)
-
-
-_backend.fake("gate_residual_norm_modulate_fwd", _fake_fwd)
-_backend.fake("gate_residual_norm_modulate_bwd", _fake_bwd)
-_backend.implement("gate_residual_norm_modulate_fwd", "CUDA", _cuda_fwd)
-_backend.implement("gate_residual_norm_modulate_bwd", "CUDA", _cuda_bwd)
-_backend.guard_autograd("gate_residual_norm_modulate_fwd")
-_backend.guard_autograd("gate_residual_norm_modulate_bwd")
+_backend.register(
+    OP,
+    f"(Tensor x, Tensor y, Tensor? y2, {_TENSORS} SymInt tokens_per_row, float eps, bool rms, "
+    "int law, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor? dresidual, Tensor dnormed, Tensor x, Tensor? y, Tensor? y2, Tensor mean, "
+    f"Tensor rstd, {_TENSORS} Tensor? order, Tensor? offsets, SymInt tokens_per_row, bool rms, "
+    "int law, ScalarType y_dtype, int needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_fwd,
+    _fake_bwd,
+)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .._config import MAX_WIDTH, ForwardConfig, block_tokens, forward_rows, next_power_of_2
 
-class ForwardConfig(NamedTuple):
-    block_d: int  # power of two >= D: one program holds whole rows in registers
-    block_rows: int  # rows per program
-    num_warps: int
+__all__ = ["MAX_WIDTH", "BackwardConfig", "backward", "forward"]
+
+_SLICE = 4096  # columns of the backward: three sums and the inputs of more would spill
 
 
 class BackwardConfig(NamedTuple):
@@ -18,28 +18,14 @@ class BackwardConfig(NamedTuple):
     num_warps: int
 
 
-MAX_WIDTH = 16384  # of the forward: beyond this a row no longer fits the registers of one program
-
-_MAX_PROGRAMS = 2048  # of the backward: enough to fill any chip, few enough partial sums
-_MAX_SLICE = 4096  # of the backward: three sums and the inputs of more columns would spill
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def forward(width: int) -> ForwardConfig:
-    """One row per program from D = 1024 on; narrower rows share one, so that loads stay wide."""
-    block_d = max(next_power_of_2(width), 16)
-    block_rows = max(1, 2048 // block_d) if block_d < 1024 else 1
-    num_warps = min(max(block_d * block_rows // 512, 1), 16)
-    return ForwardConfig(block_d, block_rows, num_warps)
+    """Whole rows in registers; narrow rows share a program."""
+    return forward_rows(width)
 
 
 def backward(tokens: int, width: int) -> BackwardConfig:
     """Eight fp32 values per array and thread: inputs, xhat and up to six sums must all fit."""
-    block_d = min(max(next_power_of_2(width), 16), _MAX_SLICE)
+    block_d = min(max(next_power_of_2(width), 16), _SLICE)
     slices = -(-width // block_d)
     num_warps = max(block_d // (32 * 8), 1)
-    block_tokens = min(max(-(-tokens * slices // _MAX_PROGRAMS), 1), 64)
-    return BackwardConfig(block_d, next_power_of_2(block_tokens), slices, num_warps)
+    return BackwardConfig(block_d, block_tokens(tokens, slices), slices, num_warps)

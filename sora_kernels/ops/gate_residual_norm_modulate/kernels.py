@@ -8,19 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ...aot import AotCase
-from ...rows import RowMap
-from .._device import (
-    GATED,
-    PRODUCT,
-    RESIDUAL,
-    XHAT,
-    affine,
-    load_f32,
-    load_modulation,
-    load_one_plus,
+from .._device import GATED, RESIDUAL, XHAT, affine, load_f32, load_modulation, modulate
+from .._grouped import finish_rows, new_partials, round_if, rows_of, token_offset
+from .._launch import (
+    launch,
+    modulation_grad,
+    row_stride,
+    token_strides,
+    vector_grad,
+    vector_partials,
 )
-from .._grouped import finish_rows, round_if, token_offset
-from .._launch import launch
 from . import config
 from .kernels_bwd import (
     DBIAS,
@@ -102,10 +99,7 @@ def _gate_residual_norm_modulate_fwd_kernel(
     inside = n < tokens
     cols_mask = cols < width
     mask = inside & cols_mask
-    if index_ptr is not None:
-        rows = tl.load(index_ptr + n, mask=inside, other=0).to(tl.int64)
-    else:
-        rows = tl.where(inside, n, 0) // tokens_per_row
+    rows = rows_of(n, index_ptr, tokens_per_row, inside)
 
     r = load_f32(x_ptr + token_offset(n, per_batch, x_batch_stride, x_token_stride) + cols, mask)
     y_offsets = token_offset(n, per_batch, y_batch_stride, y_token_stride) + cols
@@ -129,26 +123,9 @@ def _gate_residual_norm_modulate_fwd_kernel(
     tl.store(rstd_ptr + n, rstd, mask=inside)
     out = affine(round_if(r * rstd, LAW, XHAT, dtype), weight_ptr, bias_ptr, cols, cols_mask, LAW,
                  dtype)  # fmt: skip
-    if scale_ptr is not None:
-        offsets = rows * scale_stride + cols
-        one_plus = load_one_plus(
-            scale_ptr, scale_table_ptr, offsets, cols, mask, cols_mask, LAW, dtype
-        )
-        out = round_if(out * one_plus, LAW, PRODUCT, dtype)
-    if shift_ptr is not None:
-        offsets = rows * shift_stride + cols
-        out += load_modulation(
-            shift_ptr, shift_table_ptr, offsets, cols, mask, cols_mask, LAW, dtype
-        )
+    out = modulate(out, shift_ptr, shift_stride, scale_ptr, scale_stride, shift_table_ptr,
+                   scale_table_ptr, rows, cols, mask, cols_mask, LAW, dtype)  # fmt: skip
     tl.store(normed_ptr + n * width + cols, out.to(dtype), mask=mask)  # the rounding of the sum
-
-
-def _row_stride(matrix: Tensor | None) -> int:
-    return 0 if matrix is None else matrix.stride(0)
-
-
-def _token_strides(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.stride(0), x.stride(1))
 
 
 def forward(
@@ -203,13 +180,13 @@ def forward(
         tokens,
         width,
         length,
-        *_token_strides(x),
-        *_token_strides(y),
-        *_token_strides(y2),
-        _row_stride(gate),
-        _row_stride(gate2),
-        _row_stride(shift),
-        _row_stride(scale),
+        *token_strides(x),
+        *token_strides(y),
+        *token_strides(y2),
+        row_stride(gate),
+        row_stride(gate2),
+        row_stride(shift),
+        row_stride(scale),
         max(tokens_per_row, 1),
         eps,
         LAW=law,
@@ -257,16 +234,11 @@ def backward(
     def like_x(bit: int, dtype: torch.dtype) -> Tensor:
         return x.new_empty(x.shape if needs & bit else (0,), dtype=dtype)
 
-    def like_rows(bit: int, of: Tensor | None, table: Tensor | None) -> Tensor:
-        if not needs & bit or of is None:
-            return x.new_empty(0, dtype=torch.float32)
-        # A gradient that is summed further, over rows (tables), stays fp32.
-        return of.new_empty(of.shape, dtype=of.dtype if table is None else torch.float32)
-
     dx, dy, dy2 = like_x(DX, x.dtype), like_x(DY, y_dtype), like_x(DY2, y_dtype)
-    dgate, dgate2 = like_rows(DGATE, gate, gate_table), like_rows(DGATE2, gate2, None)
-    dshift = like_rows(DSHIFT, shift, shift_table)
-    dscale = like_rows(DSCALE, scale, scale_table)
+    dgate = modulation_grad(x, needs & DGATE, gate, gate_table)
+    dgate2 = modulation_grad(x, needs & DGATE2, gate2, None)
+    dshift = modulation_grad(x, needs & DSHIFT, shift, shift_table)
+    dscale = modulation_grad(x, needs & DSCALE, scale, scale_table)
     modulations = (dgate, dgate2, dshift, dscale)
     present = {DGATE: gate, DGATE2: gate2, DWEIGHT: weight, DBIAS: bias, DSHIFT: shift,
                DSCALE: scale}  # fmt: skip
@@ -275,10 +247,9 @@ def backward(
             needs &= ~bit
     block_d, block_tokens, slices, num_warps = config.backward(tokens, width)
     blocks = triton.cdiv(tokens, block_tokens)
-    dweight = x.new_empty(blocks if needs & DWEIGHT else 0, width, dtype=torch.float32)
-    dbias = x.new_empty(blocks if needs & DBIAS else 0, width, dtype=torch.float32)
-    spans = (index is not None or tokens_per_row != 1) and any(g.numel() > 0 for g in modulations)
-    partial = x.new_empty(4 if spans else 0, blocks, 2, width, dtype=torch.float32)
+    dweight = vector_partials(x, needs & DWEIGHT, blocks, width)
+    dbias = vector_partials(x, needs & DBIAS, blocks, width)
+    partial = new_partials(modulations, index, tokens_per_row, blocks, width)
     launch(
         gate_residual_norm_modulate_bwd_kernel,
         (blocks * slices,),
@@ -313,14 +284,14 @@ def backward(
         tokens,
         width,
         length,
-        *_token_strides(dresidual),
-        *_token_strides(dnormed),
-        *_token_strides(x),
-        *_token_strides(y),
-        *_token_strides(y2),
-        _row_stride(gate),
-        _row_stride(gate2),
-        _row_stride(scale),
+        *token_strides(dresidual),
+        *token_strides(dnormed),
+        *token_strides(x),
+        *token_strides(y),
+        *token_strides(y2),
+        row_stride(gate),
+        row_stride(gate2),
+        row_stride(scale),
         max(tokens_per_row, 1),
         block_tokens,
         slices,
@@ -332,20 +303,15 @@ def backward(
         num_stages=1,
         enable_fp_fusion=law == 0,
     )
-    per_row = max(tokens_per_row, 1) if index is None else 0
-    rows = RowMap(tokens, 0, per_row, index, order, offsets)
-    for slot, grad in enumerate(modulations):
-        if grad.numel() > 0:
-            finish_rows(grad, partial[slot] if spans else partial, rows, block_tokens)
-    # torch.sum over the blocks is deterministic: stage two of the vectors.
+    finish_rows(modulations, partial, offsets, tokens_per_row, block_tokens)
     return (
         dx if needs & DX else dx.float(),
         dy if needs & DY else dy.float(),
         dy2 if needs & DY2 else dy2.float(),
         dgate,
         dgate2,
-        dweight.sum(0) if needs & DWEIGHT else dweight.flatten(),
-        dbias.sum(0) if needs & DBIAS else dbias.flatten(),
+        vector_grad(dweight, needs & DWEIGHT),
+        vector_grad(dbias, needs & DBIAS),
         dshift,
         dscale,
     )

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ...aot import AotCase
 from .._device import GATED, RESIDUAL, XHAT, affine, load_f32, load_modulation, load_one_plus
-from .._grouped import flush, round_if, row_bounds, row_of, token_offset
+from .._grouped import flush_four, round_if, row_bounds, row_of, sorted_token, token_offset
 from . import config
 
 # Bits of `needs`, in the order of the backward's results.
@@ -153,9 +153,7 @@ def gate_residual_norm_modulate_bwd_kernel(
 
     for i in range(end - start):
         position = start + i
-        n = position
-        if order_ptr is not None:
-            n = tl.load(order_ptr + position).to(tl.int64)
+        n = sorted_token(position, order_ptr)
         row = row_of(n, index_ptr, tokens_per_row)
         first, last = row_bounds(row, offsets_ptr, tokens_per_row)
         x_offset = token_offset(n, per_batch, x_batch_stride, x_token_stride)
@@ -220,18 +218,11 @@ def gate_residual_norm_modulate_bwd_kernel(
 
         # The row ends here, or the block does: store its sums and start anew.
         if (position + 1 == end) | (position + 1 == last):
-            if _DGATE & NEEDS:
-                flush(dgate, row, first, last, start, end, block, dgate_ptr, partial_ptr,
-                      width, cols, mask)  # fmt: skip
-            if _DGATE2 & NEEDS:
-                flush(dgate2, row, first, last, start, end, block, dgate2_ptr,
-                      partial_ptr + share, width, cols, mask)  # fmt: skip
-            if _DSHIFT & NEEDS:
-                flush(dshift, row, first, last, start, end, block, dshift_ptr,
-                      partial_ptr + 2 * share, width, cols, mask)  # fmt: skip
-            if _DSCALE & NEEDS:
-                flush(dscale, row, first, last, start, end, block, dscale_ptr,
-                      partial_ptr + 3 * share, width, cols, mask)  # fmt: skip
+            flush_four(
+                dgate, dgate2, dshift, dscale, dgate_ptr, dgate2_ptr, dshift_ptr, dscale_ptr,
+                row, first, last, start, end, block, partial_ptr, share, width, cols, mask,
+                _DGATE & NEEDS, _DGATE2 & NEEDS, _DSHIFT & NEEDS, _DSCALE & NEEDS,
+            )  # fmt: skip
             dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
             dgate2 = tl.zeros([BLOCK_D], dtype=tl.float32)
             dshift = tl.zeros([BLOCK_D], dtype=tl.float32)

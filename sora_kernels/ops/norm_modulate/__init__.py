@@ -11,8 +11,18 @@ from torch.autograd.function import once_differentiable
 from ... import backend as _backend
 from ...laws import Law, resolve
 from ...rows import RowMap
-from .._modulation import as_tokens, check_tokens, check_vector, modulation_rows, output_dtype
-from .config import MAX_WIDTH
+from .._modulation import (
+    as_tokens,
+    check_tokens,
+    check_vector,
+    choose,
+    grad_like,
+    like_stream,
+    modulation_rows,
+    output_dtype,
+    table_grad,
+    wants_grad,
+)
 from .reference import norm_modulate_reference
 
 OP = "norm_modulate"
@@ -99,24 +109,16 @@ def norm_modulate(
         mods["shift2"],
         mods["scale2"],
     )
-    chosen = _choose(x)
+    chosen = choose(OP, x)
     outputs: Any
     if chosen == "reference":
         outputs = _reference(x, tensors, options)
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+    elif wants_grad(x, *tensors):
         outputs = _NormModulate.apply(as_tokens(x), chosen, options, *tensors)
     else:
         outputs = _forward(chosen, as_tokens(x), tensors, options)
-    return (outputs[0].view(x.shape), outputs[1].view(x.shape)) if two else outputs[0].view(x.shape)
-
-
-def _choose(x: Tensor) -> str:
-    chosen = _backend.choose(OP, x)
-    if x.numel() == 0:
-        return "reference"
-    if chosen == "triton" and x.shape[-1] > MAX_WIDTH:
-        return _backend.fall_back(OP, x, f"a row of {x.shape[-1]} > {MAX_WIDTH} does not fit")
-    return chosen
+    y = like_stream(outputs[0], x)
+    return (y, like_stream(outputs[1], x)) if two else y
 
 
 def _reference(
@@ -183,21 +185,18 @@ class _NormModulate(torch.autograd.Function):
             sum(1 << bit for bit, want in enumerate(wanted) if want),
         )
 
-        def like(grad: Tensor, of: Tensor | None, need: bool) -> Tensor | None:
-            return grad.to(of.dtype) if need and of is not None else None
-
         return (
             dx if needs_x else None,
             None,
             None,
-            like(dweight, weight, needs[0]),
-            like(dbias, bias, needs[1]),
-            like(dshift, shift, needs[2]),
-            like(dscale, scale, needs[3]),
-            like(dshift.sum(0), shift_table, needs[4]) if needs[4] else None,
-            like(dscale.sum(0), scale_table, needs[5]) if needs[5] else None,
-            like(dshift2, shift2, needs[6]),
-            like(dscale2, scale2, needs[7]),
+            grad_like(dweight, weight, needs[0]),
+            grad_like(dbias, bias, needs[1]),
+            grad_like(dshift, shift, needs[2]),
+            grad_like(dscale, scale, needs[3]),
+            table_grad(dshift, shift_table, needs[4]),
+            table_grad(dscale, scale_table, needs[5]),
+            grad_like(dshift2, shift2, needs[6]),
+            grad_like(dscale2, scale2, needs[7]),
         )
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .._config import MAX_WIDTH, ForwardConfig, block_tokens, forward_rows, next_power_of_2
 
-class ForwardConfig(NamedTuple):
-    block_d: int  # power of two >= D: one program holds whole rows in registers
-    block_rows: int  # rows per program
-    num_warps: int
+__all__ = ["MAX_WIDTH", "BackwardConfig", "backward", "forward"]
 
 
 class BackwardConfig(NamedTuple):
@@ -17,22 +15,9 @@ class BackwardConfig(NamedTuple):
     num_warps: int
 
 
-MAX_WIDTH = 16384  # beyond this a row no longer fits the registers of one program
-
-_MAX_PROGRAMS = 2048  # of the backward: enough to fill any chip, few enough partial sums
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def forward(width: int, outputs: int = 1) -> ForwardConfig:
-    """One row per program from D = 1024 on; narrower rows share one, so that loads stay wide."""
-    block_d = max(next_power_of_2(width), 16)
-    block_rows = max(1, 2048 // block_d) if block_d < 1024 else 1
-    elements = block_d * block_rows
-    num_warps = min(max(elements // 512, 1), 16)
-    return ForwardConfig(block_d, block_rows, num_warps)
+def forward(width: int) -> ForwardConfig:
+    """Whole rows in registers; narrow rows share a program."""
+    return forward_rows(width)
 
 
 def backward(tokens: int, width: int, sums: int) -> BackwardConfig:
@@ -43,5 +28,4 @@ def backward(tokens: int, width: int, sums: int) -> BackwardConfig:
     block_d = max(next_power_of_2(width), 16)
     per_thread = 16 if sums <= 2 else 8
     num_warps = min(max(block_d // (32 * per_thread), 1), 32)
-    block_tokens = min(max(-(-tokens // _MAX_PROGRAMS), 1), 64)
-    return BackwardConfig(block_d, next_power_of_2(block_tokens), num_warps)
+    return BackwardConfig(block_d, block_tokens(tokens), num_warps)

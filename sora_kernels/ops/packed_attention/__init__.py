@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import backend
 from .checks import check_cu_seqlens, check_qkv, check_scale, host_lengths
-from .config import choose_config
+from .config import config_for
 from .reference import packed_attention_reference
 from .work import work_list
 
@@ -115,7 +115,8 @@ def packed_attention(
             chosen, q, k, v, cu_seqlens, cu_k, works[0], *distinct, *statics
         )
     else:
-        out, lse = _forward(chosen)(q, k, v, cu_seqlens, cu_seqlens_k, works[0], *statics)
+        run = backend.implementation(_OP, "fwd", chosen, q)
+        out, lse = run(q, k, v, cu_seqlens, cu_seqlens_k, works[0], *statics)
     return (out, lse) if return_lse else out
 
 
@@ -156,17 +157,6 @@ def merge(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor,
 # --- work lists ---------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
-def _capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
-
-
-def _config(q: Tensor) -> Any:
-    if q.device.type != "cuda":
-        return choose_config(q.shape[2], q.dtype, None)
-    return choose_config(q.shape[2], q.dtype, _capability(q.device.index))
-
-
 def _works(
     q: Tensor,
     k: Tensor,
@@ -180,7 +170,7 @@ def _works(
     Eager calls take the layout's, which are built once per pack. A compiled graph builds them from
     ``cu_seqlens`` in plain PyTorch, once for all layers: equal subgraphs are merged.
     """
-    config = _config(q)
+    config = config_for(q)
     lists: dict[tuple[str, int], Tensor] = {}
 
     def get(side: str, block: int) -> Tensor:
@@ -207,18 +197,6 @@ def _works(
 # --- autograd -----------------------------------------------------------------------------------
 
 
-def _forward(chosen: str) -> Any:
-    if chosen == "triton" and backend.interpreting():
-        return _triton_fwd
-    return torch.ops.sora_kernels.packed_attention_fwd
-
-
-def _backward(chosen: str) -> Any:
-    if chosen == "triton" and backend.interpreting():
-        return _triton_bwd
-    return torch.ops.sora_kernels.packed_attention_bwd
-
-
 class _PackedAttention(torch.autograd.Function):
     """Saves q, k, v, out and lse; the backward computes the probabilities again."""
 
@@ -229,7 +207,8 @@ class _PackedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """A missing cu_k is cu_q, a missing work_dq or work_dkv is work."""
         cu_k = cu_q if cu_k is None else cu_k
-        out, lse = _forward(chosen)(q, k, v, cu_q, cu_k, work, *statics)
+        run = backend.implementation(_OP, "fwd", chosen, q)
+        out, lse = run(q, k, v, cu_q, cu_k, work, *statics)
         ctx.chosen = chosen
         ctx.statics = statics
         ctx.set_materialize_grads(False)
@@ -249,9 +228,8 @@ class _PackedAttention(torch.autograd.Function):
         if dout is None:  # only the lse was used
             dout = out.new_zeros(out.shape)
         need_q, need_k, need_v = ctx.needs_input_grad[1:4]
-        dq, dk, dv = _backward(ctx.chosen)(
-            dout, dlse, *saved, *ctx.statics, need_q, need_k or need_v
-        )
+        run = backend.implementation(_OP, "bwd", ctx.chosen, out)
+        dq, dk, dv = run(dout, dlse, *saved, *ctx.statics, need_q, need_k or need_v)
         return (
             None,
             dq if need_q else None,
@@ -262,48 +240,6 @@ class _PackedAttention(torch.autograd.Function):
 
 
 # --- registration -------------------------------------------------------------------------------
-
-
-def _triton_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, work: Tensor | None,
-    max_seqlen: int, max_seqlen_k: int, scale: float, causal: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from . import kernels
-
-    config = _config(q)
-    if work is None:
-        work = work_list(cu_q, q.shape[0], config.fwd.block_m, cu_k.diff())
-    return kernels.forward(q, k, v, cu_q, cu_k, work, scale, causal, config)
-
-
-def _triton_bwd(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_q: Tensor, cu_k: Tensor, work_dq: Tensor | None, work_dkv: Tensor | None, max_seqlen: int,
-    max_seqlen_k: int, scale: float, causal: bool, need_dq: bool, need_dkv: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from . import kernels_bwd
-
-    config = _config(q)
-    if work_dq is None and need_dq:
-        work_dq = work_list(cu_q, q.shape[0], config.dq.block_m, cu_k.diff())
-    if work_dkv is None and need_dkv:
-        work_dkv = work_list(cu_k, k.shape[0], config.dkv.block_n, cu_q.diff())
-    return kernels_bwd.backward(
-        dout, dlse, q, k, v, out, lse, cu_q, cu_k, work_dq, work_dkv, scale, causal, need_dq,
-        need_dkv, config,
-    )  # fmt: skip
-
-
-def _cpu_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    from . import cpu
-
-    return cpu.forward(*args)
-
-
-def _cpu_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from . import cpu
-
-    return cpu.backward(*args)
 
 
 def _fake_fwd(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -323,20 +259,14 @@ def _fake_bwd(
 
 
 _LENGTHS = "SymInt max_seqlen, SymInt max_seqlen_k, float scale, bool causal"
-backend.define(
-    f"{_OP}_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, "
-    f"Tensor? work, {_LENGTHS}) -> (Tensor, Tensor)"
-)
-backend.define(
-    f"{_OP}_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+backend.register(
+    _OP,
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor? work, "
+    f"{_LENGTHS}) -> (Tensor, Tensor)",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor? work_dq, Tensor? work_dkv, {_LENGTHS}, "
-    "bool need_dq, bool need_dkv) -> (Tensor, Tensor, Tensor)"
+    "bool need_dq, bool need_dkv) -> (Tensor, Tensor, Tensor)",
+    _fake_fwd,
+    _fake_bwd,
+    cpu="cpu",
 )
-backend.implement(f"{_OP}_fwd", "CPU", _cpu_fwd)
-backend.implement(f"{_OP}_bwd", "CPU", _cpu_bwd)
-if backend.HAS_TRITON:
-    backend.implement(f"{_OP}_fwd", "CUDA", _triton_fwd)
-    backend.implement(f"{_OP}_bwd", "CUDA", _triton_bwd)
-for _name, _fn in ((f"{_OP}_fwd", _fake_fwd), (f"{_OP}_bwd", _fake_bwd)):
-    backend.fake(_name, _fn)
-    backend.guard_autograd(_name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,14 @@ def choose_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
         dq = Launch(64, 64, 8, 2)
         dkv = Launch(32 if dim2 else 64, 64, 8, 2)
     return Config(fwd, dq, dkv, dim1, dim2)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
+
+
+def config_for(q: Tensor) -> Config:
+    """The launches for queries like ``q`` on the chip they lie on."""
+    capability = _capability(q.device.index) if q.device.type == "cuda" else None
+    return choose_config(q.shape[2], q.dtype, capability)

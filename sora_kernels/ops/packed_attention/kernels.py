@@ -6,14 +6,15 @@ Blocks start at the segment's first token, so a segment computes the same bits i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config
+from .config import config_for
+from .work import work_list
 
 if TYPE_CHECKING:
     from ...aot import AotCase
@@ -195,11 +196,14 @@ def upcast(x: Tensor) -> bool:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, work: Tensor, scale: float,
-    causal: bool, config: Config,
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, work: Tensor | None,
+    max_seqlen: int, max_seqlen_k: int, scale: float, causal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out `[N, H, D]` and lse `[H, N]`; `work` lists the query blocks of `config.fwd.block_m`."""
+    config = config_for(q)
     num_tokens, heads, head_dim = q.shape
+    if work is None:
+        work = work_list(cu_q, num_tokens, config.fwd.block_m, cu_k.diff())
     out = q.new_empty((num_tokens, heads, head_dim))
     lse = q.new_empty((heads, num_tokens), dtype=torch.float32)
     launch = config.fwd
@@ -215,6 +219,13 @@ def forward(
         num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
+
+
+def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw op packed_attention_bwd."""
+    from . import kernels_bwd
+
+    return kernels_bwd.backward(*args)
 
 
 def aot_cases() -> list[AotCase]:

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config
+from .config import config_for
 from .kernels import LOG2E, _dot, _load_tile, _locate, _store_tile, grid, upcast
+from .work import work_list
 
 DELTA_BLOCK = 32
 
@@ -265,10 +266,11 @@ def _packed_attention_bwd_kernel_dkv(
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_q: Tensor, cu_k: Tensor, work_dq: Tensor | None, work_dkv: Tensor | None, scale: float,
-    causal: bool, need_dq: bool, need_dkv: bool, config: Config,
+    cu_q: Tensor, cu_k: Tensor, work_dq: Tensor | None, work_dkv: Tensor | None, max_seqlen: int,
+    max_seqlen_k: int, scale: float, causal: bool, need_dq: bool, need_dkv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv); what is not needed comes back empty, and its work list may be None."""
+    """(dq, dk, dv); what is not needed comes back empty."""
+    config = config_for(q)
     num_tokens, heads, head_dim = q.shape
     heads_k = k.shape[1]
     dq = q.new_empty(q.shape if need_dq else (0,))
@@ -293,8 +295,9 @@ def backward(
     )  # fmt: skip
     dims = {"D": head_dim, "D1": config.dim1, "D2": config.dim2, "UPCAST": upcast(q)}
     if need_dkv and k.shape[0]:
-        assert work_dkv is not None
         launch = config.dkv
+        if work_dkv is None:
+            work_dkv = work_list(cu_k, k.shape[0], launch.block_n, cu_q.diff())
         _packed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_q, cu_k,
             num_tokens, work_dkv.shape[0], heads, group, *strides, scale, int(causal),
@@ -302,8 +305,9 @@ def backward(
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     if need_dq and num_tokens:
-        assert work_dq is not None
         launch = config.dq
+        if work_dq is None:
+            work_dq = work_list(cu_q, num_tokens, launch.block_m, cu_k.diff())
         _packed_attention_bwd_kernel_dq[grid(work_dq.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dq, work_dq, cu_q, cu_k,
             num_tokens, work_dq.shape[0], heads, group, *strides, scale, int(causal),

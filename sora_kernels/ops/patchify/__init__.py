@@ -167,16 +167,13 @@ def _features(channels: int, patch: Sequence[int]) -> int:
 
 
 def _to_tokens(chosen: str, videos: list[Tensor], geometry: _Geometry) -> Tensor:
-    if chosen == "triton" and backend.interpreting():
-        return _triton_fwd(videos, *geometry)
-    tokens: Tensor = torch.ops.sora_kernels.patchify_fwd(videos, *geometry)
+    tokens: Tensor = backend.implementation(_OP, "fwd", chosen, videos[0])(videos, *geometry)
     return tokens
 
 
 def _to_videos(chosen: str, tokens: Tensor, geometry: _Geometry, channels: int) -> list[Tensor]:
-    if chosen == "triton" and backend.interpreting():
-        return _triton_bwd(tokens, *geometry, channels)
-    videos: list[Tensor] = torch.ops.sora_kernels.patchify_bwd(tokens, *geometry, channels)
+    run = backend.implementation(_OP, "bwd", chosen, tokens)
+    videos: list[Tensor] = run(tokens, *geometry, channels)
     return videos
 
 
@@ -226,18 +223,6 @@ def new_videos(
     ]
 
 
-def _triton_fwd(*args: Any) -> Tensor:
-    from . import kernels
-
-    return kernels.forward(*args)
-
-
-def _triton_bwd(*args: Any) -> list[Tensor]:
-    from . import kernels
-
-    return kernels.backward(*args)
-
-
 def _fake_fwd(
     videos: Sequence[Tensor], grids: Sequence[int], tiles: Sequence[int], patch: Sequence[int]
 ) -> Tensor:
@@ -250,17 +235,10 @@ def _fake_bwd(
     return new_videos(tokens, grids, patch, channels)
 
 
-backend.define(
-    f"{_OP}_fwd(Tensor[] videos, SymInt[] grids, SymInt[] tiles, SymInt[] patch) -> Tensor"
+backend.register(
+    _OP,
+    "(Tensor[] videos, SymInt[] grids, SymInt[] tiles, SymInt[] patch) -> Tensor",
+    "(Tensor tokens, SymInt[] grids, SymInt[] tiles, SymInt[] patch, SymInt channels) -> Tensor[]",
+    _fake_fwd,
+    _fake_bwd,
 )
-backend.define(
-    f"{_OP}_bwd(Tensor tokens, SymInt[] grids, SymInt[] tiles, SymInt[] patch, SymInt channels) "
-    "-> Tensor[]"
-)
-if backend.HAS_TRITON:
-    backend.implement(f"{_OP}_fwd", "CUDA", _triton_fwd)
-    backend.implement(f"{_OP}_bwd", "CUDA", _triton_bwd)
-backend.fake(f"{_OP}_fwd", _fake_fwd)
-backend.fake(f"{_OP}_bwd", _fake_bwd)
-backend.guard_autograd(f"{_OP}_fwd")
-backend.guard_autograd(f"{_OP}_bwd")

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import launch
 from .config import choose_config
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def _copy(
         t, h, w = grids[3 * n : 3 * n + 3]
         config = choose_config(w, tokens.shape[1])
         rows = t * h * triton.cdiv(w, config.block_w)
-        _patchify_kernel[(rows, triton.cdiv(tokens.shape[1], config.block_f))](
+        launch(
+            _patchify_kernel, (rows, triton.cdiv(tokens.shape[1], config.block_f)), tokens.device,
             video, tokens, first, channels, t, h, w, *tiles[3 * n : 3 * n + 3],
             *video.stride(), tokens.stride(0),
             PT=pt, PH=ph, PW=pw, TO_TOKENS=to_tokens,
