@@ -1,7 +1,7 @@
-"""Fills the tables of README.md from result files: `python -m benchmarks.readme [--check]`.
+"""Fills the tables of the documents from result files: `python -m benchmarks.readme [--check]`.
 
 Between `<!-- table NAME -->` and `<!-- end -->` nothing is written by hand. `--check` writes
-nothing and fails if README does not match the files.
+nothing and fails if a document does not match the files.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 OURS = "sora_kernels"
+# README shows one size of each op, beyond the cache; docs/benchmarks.md shows all.
+HEADLINE = re.compile(r"16384x1152 R=8$|16384x16x72|4096x4608|^mixed|tile$|^100000 |x\d+x\d+ ")
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -46,8 +49,8 @@ def against(row: Mapping[str, Any], other: str) -> str:
     return f"{interval['median']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
 
 
-def timings(suite: str) -> str:
-    """Ours against plain and compile, one line per case."""
+def timings(suite: str, cases: re.Pattern[str] | None = None) -> str:
+    """Ours against plain and compile, one line per case (of those whose name matches)."""
     report = load(RESULTS / f"{suite}.json")
     if report is None:
         return "Not measured yet."
@@ -60,7 +63,7 @@ def timings(suite: str) -> str:
             against(row, "compile"),
         ]
         for row in report["rows"]
-        if row["provider"] == OURS
+        if row["provider"] == OURS and (cases is None or cases.search(row["case"]))
     ]
     header = ("case", "ours, ms", "of floor", "faster than plain", "faster than compile")
     return table(header, rows) + "\n\n" + conditions(report)
@@ -71,19 +74,19 @@ def end_to_end() -> str:
     report = load(RESULTS / "e2e.json")
     if report is None:
         return "Not measured yet."
-    ours = {(r["op"], r["case"]): r for r in report["rows"] if r["provider"] == OURS}
+    ours = {(r["op"], r["case"], r["dtype"]): r for r in report["rows"] if r["provider"] == OURS}
     rows = []
     for row in report["rows"]:
         name = row["provider"] + (f" ({row['variant']})" if "variant" in row else "")
         rate = next((v for k, v in row.items() if k.endswith("_per_s")), None)
         rows.append(
             [
-                f"{row['op']} {row['case']}: {name}",
+                f"{row['op']} {row['case']} {row['dtype']}: {name}",
                 f"{row['p50_ms']:.0f}",
                 "-" if rate is None else f"{rate:.2f}",
                 ""
                 if row["provider"] == OURS
-                else against(ours[row["op"], row["case"]], row["provider"]),
+                else against(ours[row["op"], row["case"], row["dtype"]], row["provider"]),
             ]
         )
     header = ("way", "ms", "clips/s", "ours is faster by")
@@ -124,7 +127,8 @@ def scores() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "ops": lambda: timings("ops"),
+    "ops": lambda: timings("ops", HEADLINE),
+    "all_ops": lambda: timings("ops"),
     "block": lambda: timings("block"),
     "e2e": end_to_end,
     "scores": scores,
@@ -132,7 +136,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def fill(text: str) -> str:
-    """The README with every marked table made anew."""
+    """The document with every marked table made anew."""
 
     def replace(match: re.Match[str]) -> str:
         name = match.group(1)
@@ -144,18 +148,18 @@ def fill(text: str) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    filled = fill(text)
-    if "--check" in argv:
-        if filled != text:
-            print("README.md does not match the result files: run python -m benchmarks.readme",
+    for path in DOCUMENTS:
+        text = path.read_text()
+        filled = fill(text)
+        if filled == text:
+            continue
+        if "--check" in argv:
+            print(f"{path.name} does not match the result files: run python -m benchmarks.readme",
                   file=sys.stderr)  # fmt: skip
             return 1
-        return 0
-    beside = readme.with_suffix(".md.new")
-    beside.write_text(filled)
-    os.replace(beside, readme)
+        beside = path.with_suffix(".md.new")
+        beside.write_text(filled)
+        os.replace(beside, path)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""README's tables are those of the committed result files."""
+"""The tables of the documents are those of the committed result files."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import TABLES, fill
+from benchmarks.readme import DOCUMENTS, TABLES, fill, main
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_tables_match_the_result_files() -> None:
-    text = README.read_text()
-    assert re.findall(r"<!-- table (\w+) -->", text) == list(TABLES)
-    assert fill(text) == text, "run python -m benchmarks.readme"
+    found = []
+    for path in DOCUMENTS:
+        text = path.read_text()
+        found += re.findall(r"<!-- table (\w+) -->", text)
+        assert fill(text) == text, "run python -m benchmarks.readme"
+    assert sorted(found) == sorted(TABLES)
+    assert main(["--check"]) == 0
 
 
 def test_an_edited_number_is_found() -> None:
