@@ -1,6 +1,6 @@
 """qk_norm_rope against its fp64 definition: norms, pairings, layouts, gradients, dispatch.
 
-The conventions of published models are in test_qk_norm_rope_models.py.
+The conventions of published models are in test_conventions_rope.py.
 """
 
 from __future__ import annotations
