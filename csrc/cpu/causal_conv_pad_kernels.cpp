@@ -27,12 +27,17 @@ const char* at(const Frames& x, int64_t outer, int64_t plane, int64_t frame, int
          h * x.stride[3];
 }
 
-// One row of W x I elements of any strides, made contiguous.
+// One row of W x I elements of any strides, made contiguous. A line of elements along w at a time:
+// where the source has its channels first, they are one line there.
 template <class Word>
 void gather_row(char* to, const char* from, const Frames& x, int64_t width, int64_t inner) {
-  for (int64_t w = 0; w < width; ++w)
-    for (int64_t i = 0; i < inner; ++i, to += sizeof(Word))
-      std::memcpy(to, from + w * x.stride[4] + i * x.stride[5], sizeof(Word));
+  constexpr int64_t size = sizeof(Word), line = kLine / size;
+  for (int64_t w0 = 0; w0 < width; w0 += line) {
+    const int64_t w1 = w0 + line < width ? w0 + line : width;
+    for (int64_t i = 0; i < inner; ++i)
+      for (int64_t w = w0; w < w1; ++w)
+        std::memcpy(to + (w * inner + i) * size, from + w * x.stride[4] + i * x.stride[5], size);
+  }
 }
 
 void copy_row(const CausalConvPad& a, char* to, const Frames& x, const char* from) {

@@ -172,7 +172,8 @@ class _CausalConvPad(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dpadded: Tensor, dkept: Tensor) -> tuple[Tensor | None, ...]:
-        pads, replicate, _, channels_last = ctx.options
+        pads, replicate, _, _ = ctx.options
+        channels_last = _is_channels_last(dpadded)  # the layout that the convolution's gradient has
         needs_x, needs_cache = ctx.needs_input_grad[:2]
         run = _backend.implementation(OP, "bwd", ctx.chosen, dpadded)
         dx, dcache = run(

@@ -17,7 +17,7 @@ def causal_conv_pad_reference(
     keep: int,
     memory_format: torch.memory_format,
 ) -> tuple[Tensor, Tensor]:
-    """``F.pad(torch.cat([fill, cache, x], 2), ...)`` and the last ``keep`` frames before padding."""
+    """``F.pad(torch.cat([fill, cache, x], 2), ...)``, the last ``keep`` frames unpadded."""
     whole = x if cache is None else torch.cat([cache, x], 2)
     missing = pad_t - (0 if cache is None else cache.shape[2])
     if missing:

@@ -1,0 +1,43 @@
+"""Launch configurations of norm_silu: pure functions of shape and layout."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    block_l: int  # positions of a tile
+    block_c: int  # channels of a tile
+    num_warps: int
+
+
+MAX_WIDTH = 4096  # RMS holds all channels of a tile in registers
+
+_MAX_PROGRAMS = 2048  # of a reduction: enough to fill any chip, few enough partial sums
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def rms(width: int, channels_last: bool, backward: bool = False) -> Config:
+    """A tile holds all channels. Channels first, 16 positions at least: 32 bytes of bf16."""
+    block_c = max(next_power_of_2(width), 16)
+    elements = 2048 if channels_last else 4096
+    block_l = max(elements // block_c, 1 if channels_last else 16)
+    per_thread = 8 if backward else 16
+    num_warps = min(max(block_l * block_c // (32 * per_thread), 1), 16)
+    return Config(block_l, block_c, num_warps)
+
+
+def group(width: int, channels_last: bool) -> Config:
+    """Tiles of part of the channels, long in the direction that is contiguous."""
+    block_c = min(max(next_power_of_2(width), 16), 128 if channels_last else 16)
+    return Config(2048 // block_c, block_c, 4)
+
+
+def chunk(positions: int, block_l: int, regions: int) -> int:
+    """Positions that one program of a reduction runs through; fixes the order of summation."""
+    per_region = max(_MAX_PROGRAMS // max(regions, 1), 1)
+    tiles = -(-positions // (block_l * per_region))
+    return next_power_of_2(max(tiles, 1)) * block_l
