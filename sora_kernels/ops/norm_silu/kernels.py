@@ -6,6 +6,8 @@ stride of 1 is a compile-time constant to Triton and chooses the direction of th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -407,28 +409,34 @@ def aot_cases() -> list[AotCase]:
 
 
 def _case(
-    name: str, kernel: object, tile: config.Config, last: bool, tensors: str, pointers: str,
-    scalars: str, constants: dict[str, object], **options: bool,
-) -> AotCase:  # fmt: skip
+    name: str,
+    kernel: Any,
+    tile: config.Config,
+    last: bool,
+    tensors: str,
+    pointers: str,
+    scalars: str,
+    constants: dict[str, object],
+    narrow_store_ok: bool = False,
+) -> AotCase:
     """``tensors`` and ``pointers`` name bf16 and fp32 pointers, ``scalars`` integers."""
-    unit, other = ("c", "l") if last else ("l", "c")
-    given = {n: "*bf16" for n in tensors.split()} | {n: "*fp32" for n in pointers.split()}
-    names = [n for n in kernel.arg_names if n[1:] in ("_b", "_f", "_l", "_c")]  # type: ignore[attr-defined]
+    unit = "c" if last else "l"
+    given = dict.fromkeys(tensors.split(), "*bf16") | dict.fromkeys(pointers.split(), "*fp32")
+    names = [n for n in kernel.arg_names if n[1:] in ("_b", "_f", "_l", "_c")]
     strides = [n for n in names if n[2] != unit]
+    floats = [n for n in kernel.arg_names if n in ("eps", "floor", "ceiling")]
     return AotCase(
         name=f"{name}_{'last' if last else 'first'}",
         kernel=kernel,
-        signature=given | dict.fromkeys((*scalars.split(), *strides), "i32")
-        | {n: "fp32" for n in ("eps", "floor", "ceiling") if n in kernel.arg_names},  # type: ignore[attr-defined]
-        constexprs={
-            **constants,
-            **{n: 1 for n in names if n[2] == unit},
-            "BLOCK_L": tile.block_l,
-            "BLOCK_C": tile.block_c,
-        },
+        signature=given
+        | dict.fromkeys((*scalars.split(), *strides), "i32")
+        | dict.fromkeys(floats, "fp32"),
+        constexprs=constants
+        | dict.fromkeys([n for n in names if n[2] == unit], 1)
+        | {"BLOCK_L": tile.block_l, "BLOCK_C": tile.block_c},
         num_warps=tile.num_warps,
-        divisible=(*given, *strides, "length", "width"),
-        **options,
+        divisible=(*given, *strides, *({"length", "width", "chunk"} & set(scalars.split()))),
+        narrow_store_ok=narrow_store_ok,
     )  # fmt: skip
 
 
