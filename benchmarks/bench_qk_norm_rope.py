@@ -1,4 +1,7 @@
-"""qk_norm_rope: norms and pairings of real models, q and k views of one packed QKV projection."""
+"""qk_norm_rope: norms and pairings of real models, q and k views of one packed QKV projection.
+
+And the joint form: text and video apart, with norms of their own, into one packed q, k and v.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sora_kernels.ops.qk_norm_rope import qk_norm_rope
-from sora_kernels.packing import PackedLayout
+from sora_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_joint
+from sora_kernels.packing import Grid, PackedLayout, Text
 
 from .registry import DTYPES, Case, Context, Inputs, op_cases
 
@@ -114,7 +117,73 @@ def inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
     }
 
 
+TEXT, HEADS, WIDTH = 256, 24, 128  # HunyuanVideo's text, behind the video and not turned
+
+
+def joint_inputs(tokens: tuple[int, int, int], dtype: str, device: torch.device) -> Inputs:
+    layout = PackedLayout([[Grid(*tokens), Text(TEXT)]], device=device)
+    rope = layout.rope((16, 56, 56), theta=256.0)
+    cos, sin = (t[: layout.num_grid_tokens, None] for t in rope.dense())
+
+    def projection(n: int) -> tuple[Tensor, ...]:
+        packed = torch.randn(n, 3, HEADS, WIDTH, device=device).to(DTYPES[dtype])
+        return packed.unbind(1)
+
+    streams = (*projection(layout.num_grid_tokens), *projection(TEXT))
+    names = ("q", "k", "v", "text_q", "text_k", "text_v")
+    weights = {
+        name: torch.randn(WIDTH, device=device).to(DTYPES[dtype])
+        for name in ("q_weight", "k_weight", "text_q_weight", "text_k_weight")
+    }
+    index = (layout.grid_tokens, layout.text_tokens)
+    tables = {"rope": rope, "index": index, "cos": cos, "sin": sin}
+    return {**dict(zip(names, streams, strict=True)), **weights, **tables}
+
+
+def joint(  # type: ignore[no-untyped-def]
+    q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight, text_k_weight,
+    rope, index, cos, sin,
+):  # fmt: skip
+    return qk_norm_rope_joint(
+        ((q, k, v), (text_q, text_k, text_v)),
+        (q_weight, text_q_weight), (k_weight, text_k_weight), rope, index=index,
+    )  # fmt: skip
+
+
+def plain_joint(  # type: ignore[no-untyped-def]
+    q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight, text_k_weight,
+    rope, index, cos, sin,
+):  # fmt: skip
+    """Four norms, two rotations and three concatenations, as diffusers has them."""
+    q = rotate_real(plain_norm(q, q_weight, None, "rms"), cos, sin, "interleaved")
+    k = rotate_real(plain_norm(k, k_weight, None, "rms"), cos, sin, "interleaved")
+    text_q = plain_norm(text_q, text_q_weight, None, "rms")
+    text_k = plain_norm(text_k, text_k_weight, None, "rms")
+    return tuple(torch.cat(pair) for pair in ((q, text_q), (k, text_k), (v, text_v)))
+
+
+def joint_cases(dtype: str) -> Iterable[Case]:
+    grid = (4, 32, 32)
+    tokens = grid[0] * grid[1] * grid[2] + TEXT
+    elements = 3 * tokens * HEADS * WIDTH
+    size = DTYPES[dtype].itemsize * elements
+    yield from op_cases(
+        "qk_norm_rope",
+        f"hunyuan joint {tokens - TEXT}+{TEXT}x{HEADS}x{WIDTH}",
+        dtype,
+        inputs=partial(joint_inputs, grid, dtype),
+        ours=joint,
+        plain=plain_joint,
+        bytes={"fwd": 2 * size, "bwd": 8 * size // 3},  # q, k: x, dy -> dx; v: dy -> dx
+        flops={"fwd": 14 * elements // 3, "bwd": 24 * elements // 3},
+        grads=("q", "k", "v", "text_q", "text_k", "text_v", "q_weight", "k_weight",
+               "text_q_weight", "text_k_weight"),
+    )  # fmt: skip
+
+
 def cases(context: Context) -> Iterable[Case]:
+    for dtype in context.pick(quick=(), full=("fp32", "bf16")):
+        yield from joint_cases(dtype)
     for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
         for shape in context.pick(quick=(BEYOND_CACHE,), full=SHAPES):
             ours, plain, real = providers(shape)
