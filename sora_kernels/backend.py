@@ -33,6 +33,7 @@ BACKENDS = ("reference", "native", "triton")
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _native_ops: set[str] = set()  # ops whose CPU kernel the loaded C++ library provides
+_calls: dict[tuple[str, str], Callable[..., Any]] = {}  # raw ops past their guards
 _override: str | None = None
 _decisions: dict[tuple[str, str], tuple[str, str]] = {}  # (op, device) -> (backend, reason)
 
@@ -137,10 +138,13 @@ def implementation(op: str, direction: str, chosen: str, tensor: Tensor) -> Call
     """What runs ``op`` ("fwd" or "bwd") for a backend other than the reference."""
     if chosen == "triton" and not tensor.is_cuda:  # the interpreter
         return _launcher(op, direction)
-    raw = getattr(getattr(torch.ops, NAMESPACE), f"{op}_{direction}").default
     if torch.compiler.is_compiling():
-        return raw
-    return functools.partial(_below_autograd, raw)
+        return getattr(getattr(torch.ops, NAMESPACE), f"{op}_{direction}").default
+    call = _calls.get((op, direction))
+    if call is None:
+        raw = getattr(getattr(torch.ops, NAMESPACE), f"{op}_{direction}").default
+        call = _calls[op, direction] = functools.partial(_below_autograd, raw)
+    return call
 
 
 def _below_autograd(raw: Callable[..., Any], *args: Any) -> Any:

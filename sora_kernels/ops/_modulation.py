@@ -44,7 +44,7 @@ def check_vector(tensor: Tensor | None, name: str, width: int, device: torch.dev
 
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor itself, unless its last dimension is strided (then a copy: kernels need rows)."""
-    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def as_tokens(x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def resolve_rows(x: Tensor, rows: RowMap | None, per: str | None) -> tuple[RowMa
 
     ``per`` names the granularity, it is never guessed from shapes: ``"all"`` one row ``[D]``,
     ``"sample"`` (the default) ``[B, D]``, ``"frame"`` ``[B, F, D]`` with F given by the
-    modulation's own shape (see :func:`as_rows`), ``"token"`` one row per token.
+    modulation's own shape (see :func:`frame_rows`), ``"token"`` one row per token.
     """
     if rows is not None:
         if per is not None:
@@ -82,25 +82,6 @@ def resolve_rows(x: Tensor, rows: RowMap | None, per: str | None) -> tuple[RowMa
         return RowMap.uniform(tokens, 1), tuple(x.shape[:-1])
     batch = x.shape[0] if x.dim() > 2 else 1
     return RowMap.uniform(batch, tokens // max(batch, 1)), (batch,)
-
-
-def as_rows(
-    tensor: Tensor | None,
-    name: str,
-    x: Tensor,
-    rows: RowMap,
-    lead: tuple[int, ...],
-) -> Tensor | None:
-    """A modulation as a ``[R, D]`` matrix with unit stride along D, checked."""
-    if tensor is None:  # in front of everything: most modulations of most calls are absent
-        return None
-    check_like(tensor, name, x.device)
-    expected = (*lead, x.shape[-1])
-    if tensor.shape != expected:
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
-    if len(lead) != 1:
-        tensor = tensor.reshape(rows.num_rows, x.shape[-1])
-    return unit_stride(tensor)
 
 
 def frame_rows(x: Tensor, modulations: dict[str, Tensor | None]) -> tuple[RowMap, tuple[int, ...]]:
@@ -128,13 +109,25 @@ def modulation_rows(
         row_map, lead = frame_rows(x, modulations)
     else:
         row_map, lead = resolve_rows(x, rows, per)
-    return row_map, {
-        name: as_rows(tensor, name, x, row_map, lead) for name, tensor in modulations.items()
-    }
+    expected = (*lead, x.shape[-1])
+    device = x.device
+    checked: dict[str, Tensor | None] = {}
+    for name, tensor in modulations.items():
+        if tensor is not None:
+            check_like(tensor, name, device)
+            if tensor.shape != expected:
+                raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+            if len(expected) != 2:
+                tensor = tensor.reshape(row_map.num_rows, expected[-1])
+            tensor = unit_stride(tensor)
+        checked[name] = tensor
+    return row_map, checked
 
 
 def like_stream(out: Tensor, x: Tensor) -> Tensor:
     """A kernel's ``[B, L, D]`` in the shape of ``x``."""
+    if x.dim() == 2:
+        return out.squeeze(0)  # a sixth of the time of a view with a shape
     return out if x.dim() == 3 else out.view(x.shape)
 
 
