@@ -6,6 +6,7 @@ from .ops.bias_gelu import bias_gelu
 from .ops.causal_conv_pad import causal_conv_pad
 from .ops.gate_residual import gate_residual
 from .ops.gate_residual_norm_modulate import gate_residual_norm_modulate
+from .ops.guided_step import guided_step
 from .ops.norm_modulate import norm_modulate
 from .ops.norm_silu import norm_silu
 from .ops.packed_attention import packed_attention
@@ -23,11 +24,12 @@ __all__ = [
     "Rope",
     "RowMap",
     "Text",
-    "causal_conv_pad",
     "bias_gelu",
+    "causal_conv_pad",
     "explain",
     "gate_residual",
     "gate_residual_norm_modulate",
+    "guided_step",
     "joint_index",
     "norm_modulate",
     "norm_silu",
