@@ -116,3 +116,24 @@ def test_rope_from_tables():
         Rope.from_tables(cos, sin[:3])
     with pytest.raises(TypeError, match="sin: expected a floating tensor"):
         Rope.from_tables(cos, sin.long())
+
+
+def test_rope_from_tables_of_a_batch_and_per_head():
+    cos, sin = torch.rand(2, 5, 3, 4), torch.rand(2, 5, 3, 4)
+    rope = Rope.from_tables(cos, sin, per_head=True)
+    assert rope.num_tokens == 10 and rope.rotary_dim == 8
+    assert torch.equal(rope.dense()[0], cos.flatten(0, 1))
+    samples = Rope.from_tables(cos[..., 0, :], sin[..., 0, :])
+    assert torch.equal(samples.dense()[1], sin[..., 0, :].flatten(0, 1))
+    with pytest.raises(ValueError, match=r"cos, sin: expected one shape \[N, H, r/2\]"):
+        Rope.from_tables(cos[0, :, 0], sin[0, :, 0], per_head=True)
+
+
+def test_rope_padded_with_tokens_that_do_not_turn():
+    rope = PackedLayout([[Grid(2, 1, 3)]], device="cpu").rope((4, 6, 8))
+    padded = rope.padded(before=2, after=1)
+    for mine, theirs, still in zip(padded.dense(), rope.dense(), (1.0, 0.0), strict=True):
+        assert torch.equal(mine[2:-1], theirs)
+        assert (mine[[0, 1, -1]] == still).all()
+    with pytest.raises(ValueError, match="before: expected an integer >= 0"):
+        rope.padded(before=-1)

@@ -424,3 +424,19 @@ def test_angles_far_out_cost_no_more_than_the_rounding_of_cos_and_sin(origin: fl
     single = (origin + torch.arange(9.0))[:, None] * frequencies(64, 1e4).float()
     if origin:
         assert (single.cos().double() - angles.cos()).abs().max() > 1e-3
+
+
+def test_minimax_h3_rotates_in_bf16() -> None:
+    """cos and sin are cast to bf16 first, and every product rounds; 96 of 128 components turn."""
+    rope = PackedLayout([[Grid(4, 4, 6)]]).rope((32, 32, 32))
+    x = randn(96, 8, 128, seed=1).bfloat16()
+    weight = randn(128, seed=2).bfloat16()
+    cos, sin = (torch.cat((t, t), -1)[:, None].bfloat16() for t in rope.dense())
+    u = F.rms_norm(x, (128,), weight, 1e-5)
+    turned = u[..., :96] * cos + rotate_half(u[..., :96]) * sin
+    expected = torch.cat((turned, u[..., 96:]), -1)
+    law = ("affine", "pre_rope", "rope")
+    with use_backend("native"):
+        got, _ = qk_norm_rope(x, x, weight, weight, rope, eps=1e-5, pairing="half", law=law)
+    equal = (got == expected).float().mean().item()
+    assert equal >= 0.999, f"{equal:.4%} bit-equal"
