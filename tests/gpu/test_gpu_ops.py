@@ -114,6 +114,25 @@ def _attention(heads: int, key_heads: int, width: int) -> Case:
     )
 
 
+def _gelu(width: int) -> Case:
+    return Case("bias_gelu", {"x": (2, 150, width), "bias": (width,)}, sk.bias_gelu)
+
+
+def _guided(packed: bool) -> Case:
+    """Packed clips, each with its own time step and guidance; or dense latents."""
+    names = ("x", "cond", "uncond")
+    if packed:
+        pack = layout()
+        dt = torch.linspace(-0.4, -0.1, pack.num_segments, device=DEVICE)
+        return Case(
+            "guided_step",
+            dict.fromkeys(names, (pack.num_tokens, 64)),
+            lambda **a: sk.guided_step(**a, dt=dt, guidance=1 - 10 * dt, rows=pack.segment_rows),
+        )
+    shapes = dict.fromkeys(names, (2, 16, 3, 9, 14))
+    return Case("guided_step", shapes, lambda **a: sk.guided_step(**a, dt=-0.1, guidance=6.0))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "norm_modulate-layer-1152": lambda: _norm(1152, norm="layer"),
     "norm_modulate-rms-100": lambda: _norm(100, norm="rms"),
@@ -125,6 +144,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "qk_norm_rope-rms-128": lambda: _qk(6, 128, "rms", "interleaved"),
     "qk_norm_rope-rms_full-64": lambda: _qk(5, 64, "rms_full", "half"),
     "qk_norm_rope-layer-72": lambda: _qk(3, 72, "layer", "half_per_axis"),
+    "bias_gelu-1536": lambda: _gelu(1536),
+    "bias_gelu-100": lambda: _gelu(100),
+    "guided_step-packed": lambda: _guided(packed=True),
+    "guided_step-dense": lambda: _guided(packed=False),
     "packed_attention-64": lambda: _attention(6, 6, 64),
     "packed_attention-grouped-128": lambda: _attention(8, 2, 128),
     "packed_attention-72": lambda: _attention(3, 3, 72),
