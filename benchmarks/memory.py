@@ -118,8 +118,8 @@ def qk_plain(v: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def attention_plain(v: Inputs, q: Tensor, k: Tensor) -> Tensor:
-    dense = (batch(t).transpose(1, 2) for t in (q, k, v["v"]))
-    return F.scaled_dot_product_attention(*dense).transpose(1, 2).flatten(0, 1)
+    q, k, value = (batch(t).transpose(1, 2) for t in (q, k, v["v"]))
+    return F.scaled_dot_product_attention(q, k, value).transpose(1, 2).flatten(0, 1)
 
 
 def plain_norm(x: Tensor, s: Tensor, c: Tensor) -> Tensor:

@@ -185,7 +185,8 @@ def choose(op: str, tensor: Tensor) -> str:
     Raises:
         ValueError: :func:`use_backend` forces a backend that cannot run here.
     """
-    device = tensor.device.type
+    # a device's type is a new string each time, slower than all the rest of this function
+    device = "cuda" if tensor.is_cuda else "cpu" if tensor.is_cpu else tensor.device.type
     if _override is not None:
         reason = _unavailable(_override, op, device, tensor.dtype)
         if reason is not None:

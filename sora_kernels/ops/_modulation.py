@@ -49,11 +49,10 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 def as_tokens(x: Tensor) -> Tensor:
     """``[N, D]`` or ``[B, ..., D]`` as ``[B, L, D]``; a view whenever strides allow one."""
+    x = unit_stride(x)
     if x.dim() == 2:
-        x = x.unsqueeze(0)
-    elif x.dim() > 3:
-        x = x.flatten(1, -2)
-    return unit_stride(x)
+        return x.unsqueeze(0)
+    return x if x.dim() == 3 else unit_stride(x.flatten(1, -2))
 
 
 def resolve_rows(x: Tensor, rows: RowMap | None, per: str | None) -> tuple[RowMap, tuple[int, ...]]:
@@ -63,10 +62,10 @@ def resolve_rows(x: Tensor, rows: RowMap | None, per: str | None) -> tuple[RowMa
     ``"sample"`` (the default) ``[B, D]``, ``"frame"`` ``[B, F, D]`` with F given by the
     modulation's own shape (see :func:`frame_rows`), ``"token"`` one row per token.
     """
+    tokens = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
     if rows is not None:
         if per is not None:
             raise ValueError(f"per: expected None beside rows=, got {per!r}")
-        tokens = x.shape[:-1].numel()
         if rows.num_tokens != tokens:
             raise ValueError(f"rows: expected a map of {tokens} tokens, got {rows.num_tokens}")
         if rows.index is not None and rows.index.device != x.device:
@@ -75,7 +74,6 @@ def resolve_rows(x: Tensor, rows: RowMap | None, per: str | None) -> tuple[RowMa
     per = "sample" if per is None else per
     if per not in GRANULARITIES:
         raise ValueError(f"per: expected one of {GRANULARITIES} or None, got {per!r}")
-    tokens = x.shape[:-1].numel()
     if per == "all":
         return RowMap.uniform(1, tokens), ()
     if per == "token":

@@ -109,11 +109,15 @@ def gate_residual_norm_modulate(
         raise ValueError(f"out_dtype: expected {y.dtype} or {x.dtype}, got {out_dtype}")
     check_vector(weight, "weight", width, x.device)
     check_vector(bias, "bias", width, x.device)
-    tables = {"gate": gate_table, "shift": shift_table, "scale": scale_table}
-    for (name, table), of in zip(tables.items(), (gate, shift, scale), strict=True):
-        check_vector(table, f"{name}_table", width, x.device)
-        if table is not None and of is None:
-            raise ValueError(f"{name}_table: expected {name} beside it")
+    for name, table, of in (
+        ("gate", gate_table, gate),
+        ("shift", shift_table, shift),
+        ("scale", scale_table, scale),
+    ):
+        if table is not None:
+            check_vector(table, f"{name}_table", width, x.device)
+            if of is None:
+                raise ValueError(f"{name}_table: expected {name} beside it")
     row_map, mods = modulation_rows(
         x, rows, per, {"gate": gate, "gate2": gate2, "shift": shift, "scale": scale}
     )

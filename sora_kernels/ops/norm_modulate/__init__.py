@@ -86,9 +86,12 @@ def norm_modulate(
     check_vector(bias, "bias", width, x.device)
     two = shift2 is not None or scale2 is not None
     for name, table, of in (("shift", shift_table, shift), ("scale", scale_table, scale)):
-        check_vector(table, f"{name}_table", width, x.device)
-        if table is not None and (of is None or two):
-            raise ValueError(f"{name}_table: expected {name} beside it and no second modulation")
+        if table is not None:
+            check_vector(table, f"{name}_table", width, x.device)
+            if of is None or two:
+                raise ValueError(
+                    f"{name}_table: expected {name} beside it and no second modulation"
+                )
     row_map, mods = modulation_rows(
         x, rows, per, {"shift": shift, "scale": scale, "shift2": shift2, "scale2": scale2}
     )
