@@ -36,15 +36,21 @@ Optional at(const List& list, size_t stream) {
   return list.empty() ? Optional{} : Optional{list[stream]};
 }
 
-const int64_t* index_of(const Tensor& t) {
+// Values are looked at: a wrong one would write outside of the result.
+const int64_t* index_of(const Tensor& t, int64_t rows) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.dim() == 1,
                   "sora_kernels: index: expected contiguous int64 vectors");
-  return static_cast<const int64_t*>(t.const_data_ptr());
+  const int64_t* values = static_cast<const int64_t*>(t.const_data_ptr());
+  for (int64_t n = 0; n < t.numel(); ++n)
+    STD_TORCH_CHECK(values[n] >= 0 && values[n] < rows, "sora_kernels: index: expected values in [0, ",
+                    rows, "), got ", values[n]);
+  return values;
 }
 
 // What forward and backward are called with, besides gradients.
 struct Inputs {
   const List &q, &k, &v, &q_weight, &k_weight, &q_bias, &k_bias, &index;
+  int64_t tokens;
   const Optional* tables;  // cos, sin, position_index of q, then of k
   const std::vector<int64_t>& axes;
   int64_t norm;
@@ -114,7 +120,8 @@ QkNormRope pass_of(const Inputs& in, size_t stream, Kept& keep) {
   a.eps = static_cast<float>(in.eps);
   a.law = static_cast<int>(in.law);
   a.gather = !in.index.empty() && in.q.size() == 1;
-  if (!in.index.empty()) a.index = index_of(in.index[stream]);
+  if (!in.index.empty())
+    a.index = index_of(in.index[stream], a.gather ? tokens_of_heads(q) : in.tokens);
   for (int s = 0; s < 2; ++s) {
     const Tensor& x = in.x(s, stream);
     STD_TORCH_CHECK(x.dim() == q.dim() && x.size(-1) == a.width && dtype_of(x) == a.type,
@@ -123,7 +130,7 @@ QkNormRope pass_of(const Inputs& in, size_t stream, Kept& keep) {
     side.x = heads_of(x, "q, k");
     side.heads = x.size(-2);
     side.tokens = tokens_of_heads(x);
-    if (a.index) {
+    if (!in.index.empty()) {  // a.index is null where a stream has no tokens
       const int64_t count = in.index[stream].numel();
       STD_TORCH_CHECK(a.gather || side.tokens == count,
                       "sora_kernels: index: expected one row for each token of its stream");
@@ -140,7 +147,7 @@ QkNormRope pass_of(const Inputs& in, size_t stream, Kept& keep) {
 // Rows of a stream to or from their places in the packed sequence. Both have [H, D] per token.
 void copy_rows(const Tensor& from, Tensor& to, const Tensor& index, bool gather) {
   const Heads x = heads_of(from, "v");
-  const int64_t* rows = index_of(index);
+  const int64_t* rows = index_of(index, tokens_of_heads(gather ? from : to));
   const int64_t heads = from.size(-2), size = from.element_size(), head = from.size(-1) * size;
   STD_TORCH_CHECK(tokens_of_heads(gather ? to : from) == index.numel() && to.size(-2) == heads &&
                       to.size(-1) == from.size(-1) && to.scalar_type() == from.scalar_type(),
@@ -170,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     Optional k_sin, Optional k_position_index, std::vector<int64_t> axes, int64_t norm, double eps,
     int64_t pairing, int64_t law) {
   const Optional tables[] = {cos, sin, position_index, k_cos, k_sin, k_position_index};
-  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tables, axes, norm, eps,
+  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tokens, tables, axes, norm, eps,
                   pairing, law};
   in.check();
   const auto output = [&](const List& x) {
@@ -197,7 +204,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
 
 // Gradients of one pass into its places of `out`: x of q and k, then [weight, bias] of q and of k
 // (null where it is not needed).
-void backward_pass(QkNormRope& a, const Optional* dy, Tensor* const* x, Tensor* const* parameters) {
+void backward_pass(QkNormRope& a, const Optional* dy, const int64_t* expected, Tensor* const* x,
+                   Tensor* const* parameters) {
   List partials;
   for (int s = 0; s < 2; ++s) {
     QkSide& side = a.side[s];
@@ -207,6 +215,8 @@ void backward_pass(QkNormRope& a, const Optional* dy, Tensor* const* x, Tensor* 
     STD_TORCH_CHECK(dy[s] && dtype_of(*dy[s]) == a.type && dy[s]->size(-1) == a.width &&
                         dy[s]->size(-2) == side.heads,
                     "sora_kernels: dy: expected the heads and dtype of the input");
+    STD_TORCH_CHECK(tokens_of_heads(*dy[s]) == expected[s],
+                    "sora_kernels: dy: expected as many tokens as the result");
     side.dy = heads_of(*dy[s], "dy");
     if (x[s]) side.dx = data(*x[s]);
     const int64_t blocks = (side.tokens + kQkBlock - 1) / kQkBlock;
@@ -235,12 +245,12 @@ void backward_pass(QkNormRope& a, const Optional* dy, Tensor* const* x, Tensor* 
 }
 
 List backward(Optional dyq, Optional dyk, Optional dyv, List q, List k, List v, List q_weight,
-              List k_weight, List q_bias, List k_bias, List index, int64_t, Optional cos,
+              List k_weight, List q_bias, List k_bias, List index, int64_t tokens, Optional cos,
               Optional sin, Optional position_index, Optional k_cos, Optional k_sin,
               Optional k_position_index, std::vector<int64_t> axes, int64_t norm, double eps,
               int64_t pairing, int64_t law, std::vector<int64_t> needs) {
   const Optional tables[] = {cos, sin, position_index, k_cos, k_sin, k_position_index};
-  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tables, axes, norm, eps,
+  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tokens, tables, axes, norm, eps,
                   pairing, law};
   in.check();
   const List* lists[] = {&q, &k, &v, &q_weight, &k_weight, &q_bias, &k_bias};
@@ -267,7 +277,11 @@ List backward(Optional dyq, Optional dyk, Optional dyv, List q, List k, List v, 
     int64_t bytes = 0;
     for (const Tensor* t : x) bytes += t ? static_cast<int64_t>(t->numel() * t->element_size()) : 0;
     a.stream = bytes >= kStreamBytes;
-    backward_pass(a, dy, x, parameters);
+    // A packed result has as many rows for q as for k.
+    int64_t rows[2];
+    for (int s = 0; s < 2; ++s)
+      rows[s] = !index.empty() && !a.gather ? tokens : tokens_of_heads(in.x(s, stream));
+    backward_pass(a, dy, rows, x, parameters);
     if (Tensor* dv = wanted(2, stream)) copy_rows(*dyv, *dv, index[stream], true);
   }
   return out;

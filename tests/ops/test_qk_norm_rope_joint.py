@@ -234,6 +234,19 @@ def test_only_wanted_gradients_and_empty_streams(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_without_tokens(backend: str) -> None:
+    layout = PackedLayout([[Grid(1, 2, 3)]])
+    rope = layout.rope(AXES[64])
+    x, weight = randn(6, 2, 64, seed=1).requires_grad_(), randn(64, seed=2)
+    index = (layout.text_tokens, layout.grid_tokens)
+    with use_backend(backend), poisoned():
+        q, k = qk_norm_rope(x, x, [-weight, weight], [-weight, weight], rope, groups=index)
+        expected, _ = qk_norm_rope(x, x, weight, weight, rope)
+        mine, other = (torch.autograd.grad(y, x, x.detach())[0] for y in (q, expected))
+    assert torch.equal(q, expected) and torch.equal(k, expected) and torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_k_with_tables_and_a_length_of_its_own(backend: str) -> None:
     """LTX-2's cross-modal attention: 5 queries and 9 keys, turned by their own clocks."""
     rope, k_rope = (
@@ -357,6 +370,16 @@ def test_bad_input(
 ) -> None:
     with pytest.raises(error, match=match):
         qk_norm_rope_joint(streams, **options)
+
+
+def test_an_index_out_of_range_writes_nothing() -> None:
+    with (
+        use_backend("native"),
+        pytest.raises(RuntimeError, match=r"index: expected values in \[0, 8"),
+    ):
+        qk_norm_rope_joint([(X, X)] * 2, index=(ROWS[0], ROWS[1] + 1))
+    with use_backend("native"), pytest.raises(RuntimeError, match=r"in \[0, 4\), got -1"):
+        qk_norm_rope(X, X, groups=(ROWS[0][:2], ROWS[0][2:] - 3))
 
 
 def test_bad_groups_and_tables() -> None:

@@ -211,14 +211,14 @@ def _tables(
         if k_rope is not None:
             raise ValueError("k_rope: expected None without rope, got tables")
         return [None] * 6
-    found: _Tables = []
-    for name, x, outer, r in (("rope", q, q_outer, rope), ("k_rope", k, k_outer, k_rope or rope)):
-        tokens = outer[0] if len(outer) == 1 else outer[0] * outer[1]
-        checks.check_rope("rope" if k_rope is None else name, r, x, tokens, outer[-1])
-        found += [r.cos, r.sin, r.position_index]
-    if k_rope is not None:
-        checks.check_k_rope(k_rope, rope)
-    return found
+    checks.check_rope("rope", rope, q, q_outer)
+    found: _Tables = [rope.cos, rope.sin, rope.position_index]
+    if k_rope is None:
+        checks.check_heads("rope", rope.cos, k)
+        return found + found
+    checks.check_rope("k_rope", k_rope, k, k_outer)
+    checks.check_k_rope(k_rope, rope)
+    return [*found, k_rope.cos, k_rope.sin, k_rope.position_index]
 
 
 def _run(

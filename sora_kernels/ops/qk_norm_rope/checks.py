@@ -103,8 +103,16 @@ def check_index(name: str, index: Sequence[Any], lengths: Sequence[int] | int, x
         )
 
 
-def check_rope(name: str, rope: Rope, x: Tensor, tokens: int, length: int) -> None:
-    """Tables for ``x`` of so many tokens in all, ``length`` of them per batch entry."""
+def check_heads(name: str, cos: Tensor, x: Tensor) -> None:
+    """Tables per head have as many as ``x``."""
+    if cos.ndim == 3 and cos.shape[1] != x.shape[-2]:
+        raise ValueError(
+            f"{name}.cos: expected one table for each of {x.shape[-2]} heads, got {cos.shape[1]}"
+        )
+
+
+def check_rope(name: str, rope: Rope, x: Tensor, outer: Sequence[int]) -> None:
+    """Tables for ``x`` of tokens [N] or [B, L]: all of them, or those of one batch entry."""
     cos, sin, index, axes = rope.cos, rope.sin, rope.position_index, rope.axes
     width = sum(axes)
     if not 1 <= len(axes) <= MAX_AXES or any(a < 0 or a % 2 for a in axes) or width == 0:
@@ -121,18 +129,15 @@ def check_rope(name: str, rope: Rope, x: Tensor, tokens: int, length: int) -> No
             )
         if not table.is_contiguous():
             raise ValueError(f"{name}.{part}: expected a contiguous tensor, got {table.stride()}")
-        if table.ndim == 3 and table.shape[1] != x.shape[-2]:
-            raise ValueError(
-                f"{name}.{part}: expected one table for each of {x.shape[-2]} heads, "
-                f"got {table.shape[1]}"
-            )
+    check_heads(name, cos, x)
     if index.dtype != torch.int32 or not index.is_contiguous():
         raise TypeError(f"{name}.position_index: expected contiguous int32, got {index.dtype}")
     if index.ndim != 2 or index.shape[1] not in (1, len(axes)):
         raise ValueError(
             f"{name}.position_index: expected [N, 1] or [N, {len(axes)}], got {tuple(index.shape)}"
         )
-    if index.shape[0] not in (tokens, length):
+    tokens = outer[0] if len(outer) == 1 else outer[0] * outer[1]
+    if index.shape[0] not in (tokens, outer[-1]):
         raise ValueError(f"{name}: expected {tokens} tokens, got {index.shape[0]}")
     for part, t in (("cos", cos), ("sin", sin), ("position_index", index)):
         if t.device != x.device:
