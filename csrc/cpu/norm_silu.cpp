@@ -50,7 +50,8 @@ void fill(NormSilu& a, const Tensor& x, const Optional& weight, const Optional& 
   a.regions = x.size(0) * x.size(1);
   a.length = x.size(2);
   a.width = x.size(3);
-  a.blocks = (a.length + kNormSiluBlock - 1) / kNormSiluBlock;
+  a.block = groups > 0 && !last ? kNormSiluLongBlock : kNormSiluBlock;
+  a.blocks = (a.length + a.block - 1) / a.block;
   a.groups = groups;
   STD_TORCH_CHECK(groups >= 0 && (groups == 0 || a.width % groups == 0),
                   "sora_kernels: groups: expected a divisor of ", a.width, ", got ", groups);
@@ -64,13 +65,13 @@ void fill(NormSilu& a, const Tensor& x, const Optional& weight, const Optional& 
 
 template <class Body>
 void for_blocks(const NormSilu& a, Body&& body) {
-  const int64_t grain = 1 + 16384 / (kNormSiluBlock * a.width + 1);
+  const int64_t grain = 1 + 16384 / (a.block * a.width + 1);
   torch::stable::parallel_for(0, a.regions * a.blocks, grain, body);
 }
 
 int64_t positions_of(const NormSilu& a, int64_t block) {
-  const int64_t rest = a.length - block * kNormSiluBlock;
-  return rest < kNormSiluBlock ? rest : kNormSiluBlock;
+  const int64_t rest = a.length - block * a.block;
+  return rest < a.block ? rest : a.block;
 }
 
 // Statistics of every group from those of its channels in every block (Chan, Golub, LeVeque 1979).

@@ -2,7 +2,7 @@
 // kernels (norm_silu_kernels.cpp) say to each other.
 //
 // Tensors are [B, F, L, C] with unit stride along C (channels last) or L (channels first). A region
-// is one (b, f); positions of a region are cut into blocks of kNormSiluBlock, the unit of work.
+// is one (b, f); positions of a region are cut into blocks, the unit of work.
 // Statistics are per position (RMS over C) or per region and group of channels (GroupNorm).
 #pragma once
 #include <cstdint>
@@ -12,7 +12,8 @@
 
 namespace sora {
 
-constexpr int64_t kNormSiluBlock = 128;
+constexpr int64_t kNormSiluBlock = 128;  // positions
+constexpr int64_t kNormSiluLongBlock = 2048;  // GroupNorm, channels first: long stretches of memory
 
 struct Regions {
   const void* data = nullptr;
@@ -21,6 +22,7 @@ struct Regions {
 
 struct NormSilu {
   int64_t regions, frames, length, width, blocks;  // B * F, F, L, C, blocks per region
+  int64_t block;                                   // positions of a block
   int64_t groups;                                  // 0: RMS
   DType type;
   bool last, silu, stream;  // channels last; with SiLU; the output bypasses the cache

@@ -22,9 +22,6 @@ void for_tiles(int64_t n, Body&& body) {
   if (d < n) body(d, Tail{n - d}, Registers<1>{});
 }
 
-inline Vec valid(Vec v, Full) { return v; }
-inline Vec valid(Vec v, Tail io) { return first_lanes(v, io.n); }
-
 template <class T>
 void put(T* p, Vec v, bool past_cache, Full io) {
   if (past_cache && can_stream(p)) stream(p, v);
@@ -37,8 +34,8 @@ struct Block {
   int64_t region, begin, end;  // positions
 };
 Block block_at(const NormSilu& a, int64_t unit) {
-  const int64_t begin = unit % a.blocks * kNormSiluBlock;
-  const int64_t end = begin + kNormSiluBlock;
+  const int64_t begin = unit % a.blocks * a.block;
+  const int64_t end = begin + a.block;
   return {unit / a.blocks, begin, end < a.length ? end : a.length};
 }
 template <class T>
@@ -298,24 +295,20 @@ struct Channels {
 };
 
 // Calls body(c, l, io, per_channel) over the registers of a block. per_channel(row) is the value
-// of a row over channels at this register: a load where channels come last, else a splat. fold()
-// comes after every kFold additions to the sums of a channel.
-template <class Fold, class Body>
-void for_block(const NormSilu& a, int64_t positions, Fold&& fold, Body&& body) {
+// of a row over channels at this register: a load where channels come last, else a splat.
+template <class Body>
+void for_block(const NormSilu& a, int64_t positions, Body&& body) {
   if (a.last) {
-    for (int64_t l = 0; l < positions; ++l) {
+    for (int64_t l = 0; l < positions; ++l)
       for_row(a.width, [&](int64_t c, auto io) {
         body(c, l, io, [&](const float* row) { return io.get(row + c); });
       });
-      if (l % kFold == kFold - 1) fold();
-    }
   } else {
     for (int64_t c = 0; c < a.width; ++c)
       for_row(positions, [&](int64_t l, auto io) {
         body(c, l, io, [&](const float* row) { return splat(row[c]); });
       });
   }
-  fold();
 }
 
 int64_t offset(const Regions& x, int64_t l, int64_t c) { return l * x.stride[2] + c * x.stride[3]; }
@@ -328,7 +321,7 @@ void group_fwd(const NormSiluFwd& a, int64_t begin, int64_t end) {
     channels.load(b.region);
     const T* x = region_of<const T>(a, a.x, b.region) + b.begin * a.x.stride[2];
     T* y = region_of<T>(a, a.out, b.region) + b.begin * a.out.stride[2];
-    for_block(a, b.end - b.begin, [] {}, [&](int64_t c, int64_t l, auto io, auto of) {
+    for_block(a, b.end - b.begin, [&](int64_t c, int64_t l, auto io, auto of) {
       const Vec xhat = (io.get(x + offset(a.x, l, c)) - of(channels.mean)) * of(channels.rstd);
       put(y + offset(a.out, l, c), activate(a, xhat * of(a.weight) + of(a.bias)), a.stream, io);
     });
@@ -338,39 +331,47 @@ void group_fwd(const NormSiluFwd& a, int64_t begin, int64_t end) {
 template <class T>
 void group_sums(const NormSiluBwd& a, int64_t begin, int64_t end) {
   Channels channels(a);
-  const int64_t lanes = a.last ? 1 : kLanes;  // channels first: a register of sums per channel
-  Scratch scratch(a.width * lanes, 4);
-  BlockSum du_sum(scratch, a.width * lanes), duxhat_sum(scratch, a.width * lanes);
+  Scratch scratch(a.width, 4);
+  BlockSum du_sum(scratch, a.width), duxhat_sum(scratch, a.width);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Block b = block_at(a, unit);
     channels.load(b.region);
     const T* x = region_of<const T>(a, a.x, b.region) + b.begin * a.x.stride[2];
     const T* dy = region_of<const T>(a, a.dy, b.region) + b.begin * a.dy.stride[2];
-    du_sum.clear();
-    duxhat_sum.clear();
-    auto fold = [&] {
-      du_sum.fold();
-      duxhat_sum.fold();
-    };
-    for_block(a, b.end - b.begin, fold, [&](int64_t c, int64_t l, auto io, auto of) {
-      const Vec xhat = (io.get(x + offset(a.x, l, c)) - of(channels.mean)) * of(channels.rstd);
-      const Vec du = slope(a, xhat * of(a.weight) + of(a.bias), io.get(dy + offset(a.dy, l, c)));
-      float* s1 = du_sum.part + c * lanes;
-      float* s2 = duxhat_sum.part + c * lanes;
-      if (a.last) {
-        io.put(s1, io.get(s1) + du);
-        io.put(s2, io.get(s2) + du * xhat);
-      } else {
-        store(s1, load(s1) + valid(du, io));
-        store(s2, load(s2) + valid(du * xhat, io));
-      }
-    });
     float* out1 = a.sum_du + unit * a.width;
     float* out2 = a.sum_duxhat + unit * a.width;
-    for (int64_t c = 0; c < a.width; ++c) {
-      out1[c] = a.last ? du_sum.total[c] : sum(load(du_sum.total + c * lanes));
-      out2[c] = a.last ? duxhat_sum.total[c] : sum(load(duxhat_sum.total + c * lanes));
+    if (!a.last) {
+      for (int64_t c = 0; c < a.width; ++c) {
+        const Vec mean = splat(channels.mean[c]), rstd = splat(channels.rstd[c]);
+        const Vec weight = splat(a.weight[c]), bias = splat(a.bias[c]);
+        const Sums sums = sum_row2(b.end - b.begin, [&](int64_t l, auto io) {
+          const Vec xhat = (io.get(x + offset(a.x, l, c)) - mean) * rstd;
+          const Vec du = slope(a, xhat * weight + bias, io.get(dy + offset(a.dy, l, c)));
+          return VecPair{du, du * xhat};
+        });
+        out1[c] = sums.first;
+        out2[c] = sums.second;
+      }
+      continue;
     }
+    du_sum.clear();
+    duxhat_sum.clear();
+    for (int64_t l = 0; l < b.end - b.begin; ++l) {
+      for_row(a.width, [&](int64_t c, auto io) {
+        const Vec xhat =
+            (io.get(x + offset(a.x, l, c)) - io.get(channels.mean + c)) * io.get(channels.rstd + c);
+        const Vec du = slope(a, xhat * io.get(a.weight + c) + io.get(a.bias + c),
+                             io.get(dy + offset(a.dy, l, c)));
+        io.put(du_sum.part + c, io.get(du_sum.part + c) + du);
+        io.put(duxhat_sum.part + c, io.get(duxhat_sum.part + c) + du * xhat);
+      });
+      if (l % kFold == kFold - 1 || l + 1 == b.end - b.begin) {
+        du_sum.fold();
+        duxhat_sum.fold();
+      }
+    }
+    std::memcpy(out1, du_sum.total, a.width * sizeof(float));
+    std::memcpy(out2, duxhat_sum.total, a.width * sizeof(float));
   }
 }
 
@@ -384,7 +385,7 @@ void group_bwd(const NormSiluBwd& a, int64_t begin, int64_t end) {
     const T* x = region_of<const T>(a, a.x, b.region) + b.begin * a.x.stride[2];
     const T* dy = region_of<const T>(a, a.dy, b.region) + b.begin * a.dy.stride[2];
     T* dx = region_of<T>(a, a.out, b.region) + b.begin * a.out.stride[2];
-    for_block(a, b.end - b.begin, [] {}, [&](int64_t c, int64_t l, auto io, auto of) {
+    for_block(a, b.end - b.begin, [&](int64_t c, int64_t l, auto io, auto of) {
       const Vec rstd = of(channels.rstd), weight = of(a.weight);
       const Vec xhat = (io.get(x + offset(a.x, l, c)) - of(channels.mean)) * rstd;
       const Vec du = slope(a, xhat * weight + of(a.bias), io.get(dy + offset(a.dy, l, c)));
