@@ -9,7 +9,7 @@ One raw op serves every layout. Its tensors come in *streams* (text and video of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -36,7 +36,6 @@ class Pairing(IntEnum):
 
 #: The lists of tensors that the raw ops take, in order; ``needs`` and the gradients follow it.
 LISTS = ("q", "k", "v", "q_weight", "k_weight", "q_bias", "k_bias")
-_PARAMETERS = {"q": ("q_weight", "q_bias"), "k": ("k_weight", "k_bias"), "v": (None, None)}
 
 
 def split(flat: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
@@ -46,24 +45,6 @@ def split(flat: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
         result.append(list(flat[start : start + size]))
         start += size
     return result
-
-
-def streams_of(
-    lists: dict[str, Sequence[Any]], index: Sequence[Tensor], side: str
-) -> Iterator[tuple[int, Any, Any, Any, Tensor | None]]:
-    """(stream, x, weight, bias, index) of each pass over one side; values may be anything."""
-    x = lists[side]
-    if not x:
-        return
-    weight, bias = (lists[name] if name else () for name in _PARAMETERS[side])
-    for s in range(max(1, len(index))):
-        yield (
-            s,
-            x[s] if len(x) > 1 else x[0],
-            weight[s] if weight else None,
-            bias[s] if bias else None,
-            index[s] if index else None,
-        )
 
 
 def new_outputs(
