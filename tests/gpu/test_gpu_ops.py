@@ -133,6 +133,27 @@ def _guided(packed: bool) -> Case:
     return Case("guided_step", shapes, lambda **a: sk.guided_step(**a, dt=-0.1, guidance=6.0))
 
 
+def _conv_pad() -> Case:
+    shapes = {"x": (2, 96, 5, 9, 14), "cache": (2, 96, 1, 9, 14)}
+
+    def call(x: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        return sk.causal_conv_pad(x, cache, pad_t=2, pad_h=1, pad_w=1)
+
+    return Case("causal_conv_pad", shapes, call)
+
+
+def _norm_silu(channels: int, norm: str, channels_last: bool) -> Case:
+    shapes = {"x": (2, channels, 3, 9, 14), "weight": (channels,), "bias": (channels,)}
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+        return sk.norm_silu(x, weight, bias, norm=norm)
+
+    return Case("norm_silu", shapes, call)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "norm_modulate-layer-1152": lambda: _norm(1152, norm="layer"),
     "norm_modulate-rms-100": lambda: _norm(100, norm="rms"),
@@ -148,6 +169,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "bias_gelu-100": lambda: _gelu(100),
     "guided_step-packed": lambda: _guided(packed=True),
     "guided_step-dense": lambda: _guided(packed=False),
+    "causal_conv_pad-96": _conv_pad,
+    "norm_silu-l2-96": lambda: _norm_silu(96, "l2", channels_last=True),
+    "norm_silu-rms-384": lambda: _norm_silu(384, "rms", channels_last=True),
+    "norm_silu-group-128": lambda: _norm_silu(128, "group", channels_last=False),
     "packed_attention-64": lambda: _attention(6, 6, 64),
     "packed_attention-grouped-128": lambda: _attention(8, 2, 128),
     "packed_attention-72": lambda: _attention(3, 3, 72),
