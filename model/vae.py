@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.config import VAEConfig, from_dict, to_dict
+from sora_kernels import causal_conv_pad, norm_silu
 
 TIME_STRIDE = 4
 SPACE_STRIDE = 8
 
 Cache = dict[nn.Module, Tensor]
-"""Streaming state: the last input frames of each causal convolution, keyed by the module."""
+"""Streaming state: the last input frames [B, C, 2, H, W] of each causal convolution, by module."""
 
 
 def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -47,7 +48,7 @@ class NormSiLU(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(F.rms_norm(x, (x.shape[-1],), self.weight, 1e-6))
+        return norm_silu(x.movedim(-1, 1), self.weight, eps=1e-6).movedim(1, -1)
 
 
 class SpaceConv(nn.Module):
@@ -77,11 +78,16 @@ class TimeConv(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         past = cache.get(self) if cache is not None else None
         first = past is None
-        if past is None:
-            past = x[:, :1].expand(-1, 2, -1, -1, -1)
-        padded = torch.cat([past, x], 1)
+        inputs, kept = causal_conv_pad(
+            x.movedim(-1, 1),
+            past,
+            pad_t=2,
+            cache_len=0 if cache is None else 2,
+            memory_format=torch.channels_last_3d,
+        )
+        padded = inputs.movedim(1, -1)
         if cache is not None:
-            cache[self] = padded[:, -2:].clone()
+            cache[self] = kept
         # A later chunk of an even length starts one frame after the last output's centre.
         begin = 0 if first else self.stride - 1
         taps = [
