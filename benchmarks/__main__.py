@@ -60,7 +60,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--suite", choices=("ops", "block", "e2e", "all"), default="ops")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds")
-    parser.add_argument("--only", metavar="NAME", help="an op, or a glob over op/mode/case/dtype")
+    parser.add_argument("--only", metavar="NAME", help="an op, a glob over op/mode/case/dtype, A|B")
     parser.add_argument("--json", metavar="F", help="where to write the report")
     parser.add_argument("--skip", action="append", default=[], metavar="PROVIDER")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")

@@ -187,14 +187,16 @@ def op_cases(
 
 
 def load(suites: Sequence[str], context: Context, only: str | None = None) -> list[Case]:
-    """All cases of ``suites``, in file order; ``only`` keeps an op or a glob over ``Case.name``."""
+    """All cases of ``suites``, in file order; ``only`` keeps an op, or a glob over ``Case.name``, or
+    several of these with ``|`` between."""
     cases: list[Case] = []
     for suite in suites:
         for module in modules(suite):
             cases.extend(importlib.import_module(module).cases(context))
     if only is None:
         return cases
-    kept = [c for c in cases if c.op == only or fnmatch(c.name, only)]
+    patterns = only.split("|")
+    kept = [c for c in cases if c.op in patterns or any(fnmatch(c.name, p) for p in patterns)]
     if not kept:
         names = ", ".join(sorted({c.op for c in cases}))
         raise ValueError(f"--only {only!r} matches no case; ops are: {names}")
