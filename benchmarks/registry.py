@@ -187,8 +187,10 @@ def op_cases(
 
 
 def load(suites: Sequence[str], context: Context, only: str | None = None) -> list[Case]:
-    """All cases of ``suites``, in file order; ``only`` keeps an op, or a glob over ``Case.name``, or
-    several of these with ``|`` between."""
+    """All cases of ``suites``, in file order.
+
+    ``only`` keeps an op, a glob over ``Case.name``, or several of these with ``|`` between.
+    """
     cases: list[Case] = []
     for suite in suites:
         for module in modules(suite):
