@@ -19,7 +19,9 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 OURS = "sora_kernels"
 # README shows one size of each op, beyond the cache; docs/benchmarks.md shows all.
-HEADLINE = re.compile(r"16384x1152 R=8$|16384x16x72|4096x4608|^mixed|tile$|^100000 |x\d+x\d+ ")
+HEADLINE = re.compile(
+    r"16384x1152 R=8$|16384x16x72|joint|4096x4608|x90x160|^mixed|tile$|^100000 |x\d+x\d+ "
+)
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -63,10 +65,29 @@ def timings(suite: str, cases: re.Pattern[str] | None = None) -> str:
             against(row, "compile"),
         ]
         for row in report["rows"]
-        if row["provider"] == OURS and (cases is None or cases.search(row["case"]))
+        if row["provider"] == OURS
+        and row["op"] != "dispatch"
+        and (cases is None or cases.search(row["case"]))
     ]
     header = ("case", "ours, ms", "of floor", "faster than plain", "faster than compile")
     return table(header, rows) + "\n\n" + conditions(report)
+
+
+def dispatch() -> str:
+    """What a call costs besides its kernel, as a multiple of the bare op's cost."""
+    report = load(RESULTS / "ops.json")
+    if report is None:
+        return "Not measured yet."
+    rows = [
+        [
+            f"{row['case']} {row['mode']}",
+            f"{1e3 * row['p50_ms']:.0f}",
+            f"{1 / row['paired']['bare']['median']:.2f}",
+        ]
+        for row in report["rows"]
+        if row["op"] == "dispatch" and row["provider"] == OURS
+    ]
+    return table(("case", "ours, us", "over the bare op"), rows)
 
 
 def end_to_end() -> str:
@@ -129,6 +150,7 @@ def scores() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "ops": lambda: timings("ops", HEADLINE),
     "all_ops": lambda: timings("ops"),
+    "dispatch": dispatch,
     "block": lambda: timings("block"),
     "e2e": end_to_end,
     "scores": scores,
