@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   a.rstd = data<float>(rstd);
   a.stream = static_cast<int64_t>(y.numel() * y.element_size()) >= kStreamBytes;
   torch::stable::parallel_for(0, a.tokens, 1 + 16384 / (a.width + 1), [&](int64_t b, int64_t e) {
-    SORA_CALL_KERNEL(norm_modulate_fwd, a, b, e);
+    SORA_CALL_KERNEL_BF16(norm_modulate_fwd, a, b, e);
   });
   return {y, y2, mean, rstd};
 }
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   modulation(64, scale2, false, dscale[1], a.dscale[1], a.dscale_partial[1], a.scale_type[1]);
 
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) {
-    SORA_CALL_KERNEL(norm_modulate_bwd, a, b, e);
+    SORA_CALL_KERNEL_BF16(norm_modulate_bwd, a, b, e);
   });
   int64_t rows = 0;
   for (const Optional* m : {&shift, &scale, &shift2, &scale2})
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t chunks = (width + kNormModulateColumns - 1) / kNormModulateColumns;
   if (needs & ~int64_t{1}) {
     torch::stable::parallel_for(0, (1 + rows) * chunks, 16, [&](int64_t b, int64_t e) {
-      SORA_CALL_KERNEL(norm_modulate_bwd_finish, a, b, e);
+      SORA_CALL_KERNEL_BF16(norm_modulate_bwd_finish, a, b, e);
     });
   }
   return {dx, dweight, dbias, dshift[0], dscale[0], dshift[1], dscale[1]};

@@ -53,7 +53,7 @@ constexpr int64_t kNormModulateColumns = 512;  // columns per unit of its second
 
 }  // namespace sora
 
-SORA_DECLARE_KERNEL(norm_modulate_fwd(const sora::NormModulateFwd&, int64_t begin, int64_t end))
-SORA_DECLARE_KERNEL(norm_modulate_bwd(const sora::NormModulateBwd&, int64_t begin, int64_t end))
-SORA_DECLARE_KERNEL(norm_modulate_bwd_finish(const sora::NormModulateBwd&, int64_t begin,
-                                             int64_t end))
+SORA_DECLARE_KERNEL_BF16(norm_modulate_fwd(const sora::NormModulateFwd&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL_BF16(norm_modulate_bwd(const sora::NormModulateBwd&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL_BF16(norm_modulate_bwd_finish(const sora::NormModulateBwd&, int64_t begin,
+                                                  int64_t end))
