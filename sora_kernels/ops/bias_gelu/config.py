@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .._config import block_tokens, forward_rows
+
 _SLICE = 1024  # columns per program: any width is covered by slices
-_MAX_PROGRAMS = 2048  # of the backward: enough to fill any chip, few enough partial sums
 
 
 class ForwardConfig(NamedTuple):
@@ -20,21 +21,14 @@ class BackwardConfig(NamedTuple):
     num_warps: int
 
 
-def _slice(width: int) -> int:
-    return max(min(1 << (width - 1).bit_length(), _SLICE), 16)
-
-
 def forward(width: int) -> ForwardConfig:
     """About 2048 elements per program, 16 per thread."""
-    block_d = _slice(width)
-    return ForwardConfig(max(1, 2048 // block_d), block_d, 4)
+    block_d, block_rows, num_warps = forward_rows(width, _SLICE)
+    return ForwardConfig(block_rows, block_d, num_warps)
 
 
 def backward(tokens: int, width: int) -> BackwardConfig:
     """One row at a time, so that a program's share of dbias stays in registers."""
-    block_d = _slice(width)
+    block_d = forward_rows(width, _SLICE).block_d
     slices = -(-width // block_d)
-    block_tokens = min(max(-(-tokens * slices // _MAX_PROGRAMS), 1), 64)
-    return BackwardConfig(
-        1 << (block_tokens - 1).bit_length(), block_d, max(min(block_d // 256, 4), 1)
-    )
+    return BackwardConfig(block_tokens(tokens, slices), block_d, max(min(block_d // 256, 4), 1))

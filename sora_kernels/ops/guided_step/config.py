@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .._config import forward_rows
+
 
 class Config(NamedTuple):
     block_rows: int  # tokens per program
@@ -13,5 +15,5 @@ class Config(NamedTuple):
 
 def choose_config(width: int) -> Config:
     """About 2048 elements per program, 16 per thread; any width is covered by slices."""
-    block_d = max(min(1 << (width - 1).bit_length(), 1024), 16)
-    return Config(max(1, 2048 // block_d), block_d, 4)
+    block_d, block_rows, num_warps = forward_rows(width, 1024)
+    return Config(block_rows, block_d, num_warps)
