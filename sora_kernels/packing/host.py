@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from .parts import Grid, Order, Part, Text, Triple, as_int
 from .tiles import QUERY_BLOCK, tile_efficiency, tile_order, tile_shape
+from .windows import SegmentGrid, Side, Window, chunks
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -29,6 +30,8 @@ class Capacity:
         parts: None = two per segment.
         max_seqlen: None = `tokens`.
         positions: rows of the RoPE tables.
+        blocks: rows of the work lists of windowed attention. None = twice the blocks of the tokens
+            and four per part.
     """
 
     tokens: int
@@ -36,6 +39,7 @@ class Capacity:
     parts: int | None = None
     max_seqlen: int | None = None
     positions: int = 1024
+    blocks: int | None = None
 
     def resolve(self) -> tuple[int, int, int, int, int]:
         """(tokens, segments, parts, max_seqlen, positions), validated."""
@@ -48,6 +52,13 @@ class Capacity:
         max_seqlen = tokens if self.max_seqlen is None else self.max_seqlen
         max_seqlen = as_int("capacity.max_seqlen", max_seqlen, 1)
         return tokens, segments, parts, max_seqlen, as_int("capacity.positions", self.positions, 1)
+
+    def window_blocks(self, block: int) -> int:
+        """Rows of a windowed work list of blocks of so many tokens."""
+        if self.blocks is not None:
+            return as_int("capacity.blocks", self.blocks, 1)
+        tokens, _, parts, *_ = self.resolve()
+        return 2 * -(-tokens // block) + 4 * parts
 
 
 @dataclass(frozen=True)
@@ -221,6 +232,62 @@ class HostPack:
             return work
         filler = np.asarray([[0, -(-self.num_tokens // block)]], np.int32)
         return np.concatenate([work, filler.repeat(rows - len(work), axis=0)])
+
+    @cached_property
+    def segment_grids(self) -> list[SegmentGrid]:
+        """Where the main grid of each segment lies, padding segments last."""
+        return [
+            self._segment_grid(number, segment)
+            for number, segment in enumerate((*self.segments, *self.padding))
+        ]
+
+    def _segment_grid(self, number: int, segment: Sequence[Part]) -> SegmentGrid:
+        main: Grid | None = None
+        start = length = 0
+        for part in segment:
+            if isinstance(part, Grid) and not part.given:
+                if main is not None:
+                    raise ValueError(
+                        f"window: expected at most one grid to be made in a segment, and others "
+                        f"with given=True, got two in segments[{number}]"
+                    )
+                main, start = part, length
+            length += part.num_tokens
+        if main is None:
+            return SegmentGrid(length, 0, (0, 0, 0), (0, 0, 0))
+        return SegmentGrid(length, start, (main.t, main.h, main.w), self.tile_of(main))
+
+    def segment_table(self) -> Int32Array:
+        """Main grids for the windowed kernels, int32 `[S, 8]`; see `PackedLayout.window_table`."""
+        rows = [(g.start, *g.grid, *g.tile, 0) for g in self.segment_grids]
+        return np.asarray(rows, np.int32).reshape(-1, 8)
+
+    def window_work(
+        self, block: int, window: Window, side: Side, rows: int | None = None
+    ) -> Int32Array:
+        """Blocks of the windowed kernels, dearest first; see `PackedLayout.window_work`."""
+        tables = []
+        for number, grid in enumerate(self.segment_grids):
+            table = chunks(grid, window, side)
+            blocks = -(-(table[:, 1] - table[:, 0]) // block)
+            each = np.repeat(table, blocks, axis=0)
+            first = each[:, 0] + block * (
+                np.arange(len(each)) - np.repeat(_offsets(blocks)[:-1], blocks)
+            )
+            segment = np.full(len(each), number)
+            tables.append(np.stack([segment, first, each[:, 1], each[:, 2], each[:, 3]], axis=1))
+        work = np.concatenate(tables) if tables else np.zeros((0, 5), np.int64)
+        order = np.argsort(-work[:, 4], kind="stable")
+        listed: Int32Array = work[order, :4].astype(np.int32)
+        if rows is None:
+            return listed
+        if len(listed) > rows:
+            raise ValueError(
+                f"capacity.blocks: the pack has {len(listed)} blocks of {block} tokens under "
+                f"{window}, more than {rows}"
+            )
+        filler = np.asarray([[-1, 0, 0, -1]], np.int32)
+        return np.concatenate([listed, filler.repeat(rows - len(listed), axis=0)])
 
 
 def _offsets(lengths: Int64Array) -> Int64Array:

@@ -23,6 +23,7 @@ from .rope import (
     per_axis,
 )
 from .shard import LayoutShard
+from .windows import Side, Window
 
 _MAX_TOKENS = 2**31 - 1
 # Tensors as long as the pack has tokens of one kind; padded to N within a capacity's buffer.
@@ -187,6 +188,8 @@ class PackedLayout:
         self._positions: Tensor | None = None
         self._ropes: dict[Hashable, Rope] = {}
         self._work: dict[int, Tensor] = {}
+        self._window_table: Tensor | None = None
+        self._window_works: dict[tuple[int, Window, Side], Tensor] = {}
 
     def _cut_kinds(self) -> None:
         """In capacity mode the two index tensors are longer than what they hold."""
@@ -295,6 +298,41 @@ class PackedLayout:
             )
         return self._work[block]
 
+    def window_table(self) -> Tensor:
+        """Main grid of each segment, int32 `[S, 8]`: its first token, counted from the segment's;
+        t, h, w; tile_t, tile_h, tile_w; 0. All zero for a segment without one. Cached.
+
+        Raises:
+            ValueError: the layout is in raster order, or a segment has two grids to be made.
+        """
+        if self.order != "tile":
+            raise ValueError('window: expected a layout with order="tile", got order="raster"')
+        if self._window_table is None:
+            self._window_table = self._send(self._host.segment_table())
+        return self._window_table
+
+    def window_work(self, block: int, window: Window, side: Side) -> Tensor:
+        """Work list of windowed attention: int32 `[W, 4]`, dearest first. Cached.
+
+        Each row is a block of at most `block` tokens of a segment that see (side "query") or are
+        seen by (side "key") the same tokens: segment, first token and end of the piece the block
+        is cut from (counted from the segment's first token), and tile number of the main grid, or
+        -1 outside it. Rows that pad a list (capacity) name segment -1.
+
+        Raises:
+            RuntimeError: called for the first time inside a torch.compile region.
+        """
+        key = (block, window, side)
+        if key not in self._window_works:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "PackedLayout.window_work: expected the list to exist before a compiled region "
+                    "uses it; run the attention once outside it"
+                )
+            rows = None if self.capacity is None else self.capacity.window_blocks(block)
+            self._window_works[key] = self._send(self._host.window_work(block, window, side, rows))
+        return self._window_works[key]
+
     def _work_rows(self, block: int) -> int | None:
         if self.capacity is None:
             return None
@@ -341,6 +379,9 @@ class PackedLayout:
             )
         ropes = [(rope, other._rope(key)) for key, rope in self._ropes.items()]
         lists = [(work, other.work(block)) for block, work in self._work.items()]
+        lists += [(work, other.window_work(*key)) for key, work in self._window_works.items()]
+        if self._window_table is not None:
+            lists.append((self._window_table, other.window_table()))
         self._device_buffer.copy_(other._device_buffer, non_blocking=True)
         for rope, source in ropes:
             rope.cos.copy_(source.cos, non_blocking=True)
