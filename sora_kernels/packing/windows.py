@@ -85,6 +85,21 @@ class Window:
             ahead.append(0 if causal else half)
         return (back[0], back[1], back[2]), (ahead[0], ahead[1], ahead[2])
 
+    def as_ints(self) -> tuple[int, ...]:
+        """What the raw ops take: tiles before and after per axis, clamp, causal, sink."""
+        back, ahead = self.reach
+        return (*back, *ahead, int(self.edge == "clamp"), int(self.causal), self.sink)
+
+    @staticmethod
+    def from_ints(values: Sequence[int]) -> Window:
+        """The inverse of `as_ints`."""
+        sizes = [
+            None if back == WHOLE else back + ahead + 1
+            for back, ahead in zip(values[:3], values[3:6], strict=True)
+        ]
+        edge: Edge = "clamp" if values[6] else "truncate"
+        return Window((sizes[0], sizes[1], sizes[2]), edge, bool(values[7]), values[8])
+
     def clamped(self, axis: int) -> bool:
         return self.edge == "clamp" and not (self.causal and axis == 0)
 
