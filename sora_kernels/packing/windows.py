@@ -187,33 +187,37 @@ def _layers(grid: SegmentGrid, low: int, high: int) -> TokenRange:
 def seen_ranges(grid: SegmentGrid, number: int, window: Window) -> list[TokenRange]:
     """The keys of the queries of tile `number` (-1: of the tokens outside the main grid).
 
-    In the order in which the kernels read them: before the main grid, after it, the sink as far as
-    the window does not hold it, then the runs of the window. Empty ranges are left out.
+    In the order in which the kernels read them: before the main grid, after it, the layers of the
+    sink (in causal time: those up to the own one), then the runs of the window without these
+    layers. Empty ranges are left out.
     """
     if number < 0:
         if window.causal and grid.stop > grid.start:
             return _nonempty([(0, grid.start), (grid.stop, grid.length)])
         return _nonempty([(0, grid.length)])
     low, high = _box(grid, number, window, seen_tiles)
-    sink = _layers(grid, 0, min(window.sink, low[0]))
-    around = [(0, grid.start), (grid.stop, grid.length), sink]
+    layer = grid.tile_index(number)[0]
+    sink = min(window.sink, layer + 1 if window.causal else grid.counts[0])
+    around = [(0, grid.start), (grid.stop, grid.length), _layers(grid, 0, sink)]
+    low = (max(low[0], sink), low[1], low[2])
     return _nonempty(around + grid.runs(low, high))
 
 
 def seeing_ranges(grid: SegmentGrid, number: int, window: Window) -> list[TokenRange]:
     """The queries that see the keys of tile `number` (-1: the tokens outside the main grid).
 
-    In the order in which the kernels read them. Layers of the sink are seen by all layers whose
-    window starts after them: everything from the end of the inverse window on.
+    In the order in which the kernels read them. A layer of the sink is seen by all layers, or in
+    causal time by itself and all that follow, whatever the window.
     """
     if number < 0:
         return _nonempty([(0, grid.length)])
-    low, high = _box(grid, number, window, seeing_tiles)
     around = [(0, 0), (0, 0)] if window.causal else [(0, grid.start), (grid.stop, grid.length)]
-    tail = (0, 0)
-    if grid.tile_index(number)[0] < window.sink:
-        tail = _layers(grid, high[0], grid.counts[0])
-    return _nonempty([*around, tail, *grid.runs(low, high)])
+    layer = grid.tile_index(number)[0]
+    if layer < window.sink:
+        first = layer if window.causal else 0
+        return _nonempty([*around, _layers(grid, first, grid.counts[0])])
+    low, high = _box(grid, number, window, seeing_tiles)
+    return _nonempty([*around, *grid.runs(low, high)])
 
 
 def _box(grid: SegmentGrid, number: int, window: Window, rule: Any) -> tuple[Triple, Triple]:
