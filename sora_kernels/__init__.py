@@ -12,7 +12,7 @@ from .ops.norm_silu import norm_silu
 from .ops.packed_attention import packed_attention
 from .ops.patchify import patchify, unpatchify
 from .ops.qk_norm_rope import joint_index, qk_norm_rope, qk_norm_rope_joint
-from .packing import Grid, PackedLayout, Rope, Text
+from .packing import Grid, PackedLayout, Rope, Text, Window
 from .rows import RowMap
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "Rope",
     "RowMap",
     "Text",
+    "Window",
     "bias_gelu",
     "causal_conv_pad",
     "explain",

@@ -6,6 +6,7 @@ from .parts import Grid, Order, Part, Text
 from .rope import Rope
 from .shard import LayoutShard
 from .tiles import QUERY_BLOCK, tile_efficiency, tile_order, tile_shape, tile_start
+from .windows import Window
 
 __all__ = [
     "PART_COLUMNS",
@@ -18,6 +19,7 @@ __all__ = [
     "Part",
     "Rope",
     "Text",
+    "Window",
     "tile_efficiency",
     "tile_order",
     "tile_shape",

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from ... import backend
-from .checks import check_cu_seqlens, check_qkv, check_scale, host_lengths
+from ..windowed_attention import prepare_window, windowed_attention
+from .checks import check_cu_seqlens, check_qkv, check_scale, check_windowed, host_lengths
 from .config import config_for
 from .reference import packed_attention_reference
 from .work import work_list
 
 if TYPE_CHECKING:
-    from ...packing import PackedLayout
+    from ...packing import PackedLayout, Window
 
-__all__ = ["merge", "packed_attention"]
+__all__ = ["merge", "packed_attention", "prepare_window"]
 
 _OP = "packed_attention"
 
@@ -33,6 +34,7 @@ def packed_attention(
     max_seqlen_k: int | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    window: Window | tuple[int | None, int | None, int | None] | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Attention of every token to the tokens of its own segment.
@@ -42,6 +44,11 @@ def packed_attention(
     PyTorch. Self-attention takes the segments from ``layout`` or from ``cu_seqlens``.
     Cross-attention adds ``cu_seqlens_k``: segment i of the queries reads segment i of the keys.
     A segment computes the same bits in any pack, and every run gives the same bits.
+
+    With a ``window`` the layout is in tile order, and the grid to be made of each segment attends
+    within a 3-D window of tiles (sliding tile attention, arXiv:2502.04507), moved inwards at the
+    borders (NATTEN, arXiv:2204.07143); all else in the segment (text, given grids) sees and is
+    seen by everything. Time and memory grow with the window, not with the square of the segment.
 
     Args:
         q: ``[N, H, D]``, D <= 256; fp32, bf16, fp16 (fp64: reference). Any strides with
@@ -55,6 +62,10 @@ def packed_attention(
         cu_seqlens_k, max_seqlen_k: the same for the keys. Default: those of the queries.
         softmax_scale: >= 0; default ``D ** -0.5``.
         causal: query i of a segment sees the keys ``j <= i + len_k - len_q`` (bottom-right).
+        window: tiles (t, h, w) that a query sees, its own in the middle: odd numbers, or None for a
+            whole axis; or a :class:`~sora_kernels.packing.Window`, which also has truncated
+            borders, block-causal time and a sink. Self-attention only. Inside ``torch.compile``
+            on a GPU, :func:`prepare_window` must have seen the layout.
         return_lse: also return the natural-log LSE, differentiable, for :func:`merge`.
 
     Returns:
@@ -62,10 +73,16 @@ def packed_attention(
         for fp64 inputs). A query that sees no key gets ``out = 0`` and ``lse = -inf``.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; a
+            window meets a layout in raster order or a segment with two grids to be made.
     """
     check_qkv(q, k, v)
     scale = check_scale(softmax_scale, q.shape[2])
+    if window is not None:
+        tiles = check_windowed(q, k, layout, window, cu_seqlens, cu_seqlens_k, causal)
+        assert layout is not None  # checked
+        result = windowed_attention(q, k, v, layout, tiles, scale)
+        return result if return_lse else result[0]
     if (layout is None) == (cu_seqlens is None):
         got = "neither" if layout is None else "both"
         raise ValueError(f"layout: expected either a layout or cu_seqlens, got {got}")

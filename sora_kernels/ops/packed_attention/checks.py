@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ...packing.windows import Window
+
+if TYPE_CHECKING:
+    from ...packing import PackedLayout
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -55,6 +61,36 @@ def check_scale(softmax_scale: float | None, head_dim: int) -> float:
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"softmax_scale: expected a finite number >= 0, got {softmax_scale}")
     return scale
+
+
+def check_windowed(
+    q: Tensor, k: Tensor, layout: PackedLayout | None, window: Any,
+    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, causal: bool,
+) -> Window:  # fmt: skip
+    """What a window asks for beyond the other checks; returns it as a `Window`."""
+    tiles = Window.of(window)
+    for name, given in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if given is not None:
+            raise ValueError(
+                f"{name}: expected None with a window, which needs the grids of a layout, got a "
+                "tensor"
+            )
+    if layout is None:
+        raise ValueError("layout: expected a layout in tile order with a window, got None")
+    if causal:
+        raise ValueError(
+            "causal: expected False with a window, got True; Window(size, causal=True) is "
+            "block-causal in time"
+        )
+    if layout.num_tokens != q.shape[0]:
+        raise ValueError(f"layout: expected {q.shape[0]} tokens, got {layout.num_tokens}")
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"k: expected the {q.shape[0]} tokens of q with a window, got {k.shape[0]}"
+        )
+    check_cu_seqlens("layout", layout.cu_seqlens, q)
+    layout.window_table()  # raster order, or two grids to be made
+    return tiles
 
 
 def host_lengths(name: str, cu_seqlens: Tensor, num_tokens: int) -> list[int]:
