@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,9 @@ def measure(dtypes: Sequence[str] = ("fp32", "bf16"), only: str | None = None) -
         todo: list[tuple[str, Inputs, Call, Call]] = [(op, made, *c) for op, c in CALLS.items()]
         if only is None:
             whole = block.inputs(4, (4, 16, 16), dtype, torch.device("cpu"))
-            todo.append((f"DiT block, D={block.WIDTH}", whole, block_ours, block_plain))
+            name = f"DiT block, D={block.WIDTH}"
+            todo.append((name, whole, partial(block_ours, recompute=False), block_plain))
+            todo.append((f"{name}, recompute", whole, block_ours, block_plain))
         for op, given, ours, plain in todo:
             if only not in (None, op):
                 continue
@@ -202,8 +205,8 @@ def measure(dtypes: Sequence[str] = ("fp32", "bf16"), only: str | None = None) -
     return found
 
 
-def block_ours(v: Inputs) -> Tensor:
-    return block.run_ours(v, v["x"], v["c"])
+def block_ours(v: Inputs, recompute: bool = True) -> Tensor:
+    return block.run_ours(v, v["x"], v["c"], recompute)
 
 
 def block_plain(v: Inputs) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,12 @@ from torch.nn import functional as F
 from model.condition import KINDS, Rows, rows_for
 from model.config import DiTConfig
 from sora_kernels import (
+    RowMap,
+    adaln_attention,
+    adaln_mlp,
     bias_gelu,
-    gate_residual_norm_modulate,
     norm_modulate,
-    packed_attention,
     patchify,
-    qk_norm_rope,
     unpatchify,
 )
 from sora_kernels.packing import PackedLayout, Rope, Text
@@ -55,23 +56,58 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, hidden)
         self.mlp_out = nn.Linear(hidden, width)
 
-    def attention(self, h: Tensor, layout: PackedLayout, rope: Rope) -> Tensor:
-        """[N, D] -> [N, D]; every token sees its own segment."""
-        q, k, v = self.qkv(h).view(-1, 3, self.heads, self.head_dim).unbind(1)
-        q, k = qk_norm_rope(q, k, self.q_weight, self.k_weight, rope)
-        return self.out(cast(Tensor, packed_attention(q, k, v, layout)).flatten(1))
+    def up(self, h: Tensor) -> Tensor:
+        """The MLP's first product; its bias is added in the pass of the GELU."""
+        return F.linear(h, self.mlp_in.weight)
 
-    def mlp(self, h: Tensor) -> Tensor:
-        """[N, D] -> [N, D], tokenwise."""
-        return self.mlp_out(bias_gelu(F.linear(h, self.mlp_in.weight), self.mlp_in.bias))
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor,
+        modulation: Sequence[Tensor],
+        following: tuple[Tensor, Tensor],
+        layout: PackedLayout,
+        rope: Rope,
+        rows: RowMap,
+        recompute: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream [N, D] after the block, and its norm under the modulation that comes next.
+
+        Args:
+            x: the residual stream, [N, D].
+            h: its norm under this block's first modulation.
+            modulation: (shift, scale, gate, shift, scale, gate), [R, D] each.
+            following: (shift, scale) of whatever reads the stream next.
+            layout, rope, rows: of the pack.
+            recompute: keep half as much for the backward, for about 5% more time.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        halves: Any = {"rows": rows, "recompute": recompute}
+        x, h = adaln_attention(
+            x, (shift1, scale1, gate1), self.qkv, self.out, layout, rope,
+            heads=self.heads, q_weight=self.q_weight, k_weight=self.k_weight,
+            normed=h, next_modulation=(shift2, scale2), **halves,
+        )  # fmt: skip
+        x, h = adaln_mlp(
+            x, (shift2, scale2, gate2), self.up, self.mlp_out,
+            activation=partial(bias_gelu, bias=self.mlp_in.bias),
+            normed=h, next_modulation=following, **halves,
+        )  # fmt: skip
+        return x, h
 
 
 class DiT(nn.Module):
-    """Predicts the flow's velocity of every latent patch from noisy latents, times and words."""
+    """Predicts the flow's velocity of every latent patch from noisy latents, times and words.
 
-    def __init__(self, config: DiTConfig) -> None:
+    Args:
+        config: sizes.
+        recompute: keep half as much of each block for the backward, see `Block.forward`.
+    """
+
+    def __init__(self, config: DiTConfig, *, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.recompute = recompute
         width, features = config.width, config.channels * math.prod(config.patch)
         self.patch_in = nn.Linear(features, width)
         self.words = nn.Embedding(config.vocabulary, width)
@@ -158,10 +194,7 @@ class DiT(nn.Module):
         x = self.embed(latents, layout, words)
         h = cast(Tensor, norm_modulate(x, *blocks[0][:2], rows=rows.map))
         for i, block in enumerate(self.layers()):
-            _, _, gate1, shift2, scale2, gate2 = blocks[i]
             shift, scale = blocks[i + 1][:2] if i + 1 < len(blocks) else (final_shift, final_scale)
-            y = block.attention(h, layout, rope)
-            x, h = gate_residual_norm_modulate(x, y, gate1, shift2, scale2, rows=rows.map)
-            x, h = gate_residual_norm_modulate(x, block.mlp(h), gate2, shift, scale, rows=rows.map)
+            x, h = block(x, h, blocks[i], (shift, scale), layout, rope, rows.map, self.recompute)
         tokens = self.head(h.index_select(0, layout.grid_tokens))
         return unpatchify(tokens, layout, self.config.channels)

@@ -14,6 +14,7 @@ from .ops.patchify import patchify, unpatchify
 from .ops.qk_norm_rope import joint_index, qk_norm_rope, qk_norm_rope_joint
 from .packing import Grid, PackedLayout, Rope, Text, Window
 from .rows import RowMap
+from .sublayers import adaln_attention, adaln_mlp
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,8 @@ __all__ = [
     "RowMap",
     "Text",
     "Window",
+    "adaln_attention",
+    "adaln_mlp",
     "bias_gelu",
     "causal_conv_pad",
     "explain",
