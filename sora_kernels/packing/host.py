@@ -132,6 +132,7 @@ class HostPack:
         }
         if self.order == "tile":
             arrays["raster_of_token"] = self._raster_of_token()
+            arrays["window_table"] = self._window_table()
         return arrays
 
     def block_efficiency(self) -> float:
@@ -234,31 +235,38 @@ class HostPack:
         return np.concatenate([work, filler.repeat(rows - len(work), axis=0)])
 
     @cached_property
+    def no_window(self) -> str | None:
+        """Why windows cannot apply to this pack, or None if they can."""
+        if self.order != "tile":
+            return f'window: expected a layout with order="tile", got order="{self.order}"'
+        for number, segment in enumerate(self.segments):
+            if sum(isinstance(part, Grid) and not part.given for part in segment) > 1:
+                return (
+                    f"window: expected at most one grid to be made in a segment, and others "
+                    f"with given=True, got two in segments[{number}]"
+                )
+        return None
+
+    @cached_property
     def segment_grids(self) -> list[SegmentGrid]:
         """Where the main grid of each segment lies, padding segments last."""
-        return [
-            self._segment_grid(number, segment)
-            for number, segment in enumerate((*self.segments, *self.padding))
-        ]
+        if self.no_window is not None:
+            raise ValueError(self.no_window)
+        return [self._segment_grid(segment) for segment in (*self.segments, *self.padding)]
 
-    def _segment_grid(self, number: int, segment: Sequence[Part]) -> SegmentGrid:
-        main: Grid | None = None
-        start = length = 0
+    def _segment_grid(self, segment: Sequence[Part]) -> SegmentGrid:
+        grid = SegmentGrid(0, 0, (0, 0, 0), (0, 0, 0))
+        length = 0
         for part in segment:
             if isinstance(part, Grid) and not part.given:
-                if main is not None:
-                    raise ValueError(
-                        f"window: expected at most one grid to be made in a segment, and others "
-                        f"with given=True, got two in segments[{number}]"
-                    )
-                main, start = part, length
+                grid = SegmentGrid(0, length, (part.t, part.h, part.w), self.tile_of(part))
             length += part.num_tokens
-        if main is None:
-            return SegmentGrid(length, 0, (0, 0, 0), (0, 0, 0))
-        return SegmentGrid(length, start, (main.t, main.h, main.w), self.tile_of(main))
+        return grid._replace(length=length)
 
-    def segment_table(self) -> Int32Array:
-        """Main grids for the windowed kernels, int32 `[S, 8]`; see `PackedLayout.window_table`."""
+    def _window_table(self) -> Int32Array:
+        """See `PackedLayout.window_table`. Nothing reads it if windows cannot apply."""
+        if self.no_window is not None:
+            return np.zeros((len(self.segments) + len(self.padding), 8), np.int32)
         rows = [(g.start, *g.grid, *g.tile, 0) for g in self.segment_grids]
         return np.asarray(rows, np.int32).reshape(-1, 8)
 

@@ -188,7 +188,8 @@ class PackedLayout:
         self._positions: Tensor | None = None
         self._ropes: dict[Hashable, Rope] = {}
         self._work: dict[int, Tensor] = {}
-        self._window_table: Tensor | None = None
+        self._window_table = tensors.get("window_table")
+        self._no_window = host.no_window
         self._window_works: dict[tuple[int, Window, Side], Tensor] = {}
 
     def _cut_kinds(self) -> None:
@@ -300,15 +301,14 @@ class PackedLayout:
 
     def window_table(self) -> Tensor:
         """Main grid of each segment, int32 `[S, 8]`: its first token, counted from the segment's;
-        t, h, w; tile_t, tile_h, tile_w; 0. All zero for a segment without one. Cached.
+        t, h, w; tile_t, tile_h, tile_w; 0. All zero for a segment without one.
 
         Raises:
             ValueError: the layout is in raster order, or a segment has two grids to be made.
         """
-        if self.order != "tile":
-            raise ValueError('window: expected a layout with order="tile", got order="raster"')
-        if self._window_table is None:
-            self._window_table = self._send(self._host.segment_table())
+        if self._no_window is not None:
+            raise ValueError(self._no_window)
+        assert self._window_table is not None  # there is one in tile order
         return self._window_table
 
     def window_work(self, block: int, window: Window, side: Side) -> Tensor:
@@ -327,7 +327,7 @@ class PackedLayout:
             if torch.compiler.is_compiling():
                 raise RuntimeError(
                     "PackedLayout.window_work: expected the list to exist before a compiled region "
-                    "uses it; run the attention once outside it"
+                    "uses it; call prepare_window(layout, window, q) once outside it"
                 )
             rows = None if self.capacity is None else self.capacity.window_blocks(block)
             self._window_works[key] = self._send(self._host.window_work(block, window, side, rows))
@@ -380,8 +380,6 @@ class PackedLayout:
         ropes = [(rope, other._rope(key)) for key, rope in self._ropes.items()]
         lists = [(work, other.work(block)) for block, work in self._work.items()]
         lists += [(work, other.window_work(*key)) for key, work in self._window_works.items()]
-        if self._window_table is not None:
-            lists.append((self._window_table, other.window_table()))
         self._device_buffer.copy_(other._device_buffer, non_blocking=True)
         for rope, source in ropes:
             rope.cos.copy_(source.cos, non_blocking=True)
@@ -391,6 +389,7 @@ class PackedLayout:
             work.copy_(values, non_blocking=True)
         self.segments, self.patch, self.seqlens = other.segments, other.patch, other.seqlens
         self._host, self._buffer = other._host, other._buffer
+        self._no_window = other._no_window
         self._cut_kinds()
         return self
 
