@@ -351,7 +351,7 @@ BAD_INPUT = [
     ),
     (
         lambda: mixed(capacity=Capacity(2000, positions=4)).rope((2, 2, 2)),
-        "distinct positions, more than 4",
+        "positions in its tables, more than 4",
     ),
     (
         lambda: PackedLayout.from_grids([(1, 3, 4)]),

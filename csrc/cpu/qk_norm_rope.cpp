@@ -51,7 +51,8 @@ const int64_t* index_of(const Tensor& t, int64_t rows) {
 struct Inputs {
   const List &q, &k, &v, &q_weight, &k_weight, &q_bias, &k_bias, &index;
   int64_t tokens;
-  const Optional* tables;  // cos, sin, position_index of q, then of k
+  const Optional* tables;  // cos, sin, positions, parts of q, then of k
+  const int64_t* first_token;  // of q, of k
   const std::vector<int64_t>& axes;
   int64_t norm;
   double eps;
@@ -73,39 +74,71 @@ struct Inputs {
   }
 };
 
+// The grids that a side's positions follow from. Their values are looked at, as those of `index`
+// are: a wrong one would read outside of the tables.
+GridTable grids_of(const Tensor& part_of_token, const Tensor& parts, int64_t first, int64_t rows) {
+  GridTable grids{ints_of(part_of_token, "part_of_token"), ints_of(parts, "parts"), 0, first};
+  STD_TORCH_CHECK(parts.dim() == 2 && (parts.size(1) == kRasterColumns || parts.size(1) == kTileColumns),
+                  "sora_kernels: parts: expected [P, 7] or [P, 11]");
+  grids.columns = parts.size(1);
+  const int64_t count = parts.size(0);
+  bool good = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const GridPart& p = *reinterpret_cast<const GridPart*>(grids.parts + i * grids.columns);
+    good = good && p.last >= 0 && p.h > 0 && p.w > 0;
+    if (!good) break;
+    const int64_t size[] = {p.last / (int64_t{p.h} * p.w) + 1, p.h, p.w};
+    for (int axis = 0; axis < 3; ++axis) {
+      good = good && p.row[axis] >= 0 && p.row[axis] + size[axis] <= rows;
+      if (grids.tiled()) good = good && p.t == size[0] && p.tile[axis] > 0 && p.tile[axis] <= size[axis];
+    }
+  }
+  STD_TORCH_CHECK(good, "sora_kernels: parts: expected grids within the ", rows, " rows of the tables");
+  bool outside = false;
+  for (int64_t n = 0; n < part_of_token.numel(); ++n)
+    outside |= static_cast<uint32_t>(grids.part_of_token[n]) >= static_cast<uint32_t>(count);
+  STD_TORCH_CHECK(!outside, "sora_kernels: part_of_token: expected values in [0, ", count, ")");
+  return grids;
+}
+
 void fill_tables(QkNormRope& a, const Inputs& in) {
   if (!in.tables[0]) return;
-  for (int i = 1; i < 6; ++i)
-    STD_TORCH_CHECK(in.tables[i], "sora_kernels: rope: expected cos, sin and position_index twice");
+  for (int i : {1, 2, 4, 5, 6})
+    STD_TORCH_CHECK(in.tables[i], "sora_kernels: rope: expected cos, sin and positions twice");
   STD_TORCH_CHECK(!in.axes.empty() && in.axes.size() <= kMaxAxes,
                   "sora_kernels: rope: expected 1 to 4 axes");
   int64_t pairs = 0;
   for (int64_t size : in.axes) a.axis_end[a.axes++] = pairs += size / 2;
   a.rotate = true;
   a.per_head = in.tables[0]->dim() == 3;
-  a.num_positions = in.tables[2]->size(1);
-  STD_TORCH_CHECK(a.num_positions == 1 || a.num_positions == a.axes,
-                  "sora_kernels: position_index: expected [N, 1] or [N, axes]");
+  a.num_positions = in.tables[3] ? 3 : in.tables[2]->size(1);
+  STD_TORCH_CHECK(a.num_positions == a.axes || (a.num_positions == 1 && !in.tables[3]),
+                  "sora_kernels: positions: expected [N, 1] or [N, axes], or [N] with parts");
   for (int s = 0; s < 2; ++s) {
-    const Tensor &cos = *in.tables[3 * s], &sin = *in.tables[3 * s + 1];
-    const Optional& position = in.tables[3 * s + 2];
+    QkSide& side = a.side[s];
+    const Tensor &cos = *in.tables[4 * s], &sin = *in.tables[4 * s + 1];
+    const Optional &positions = in.tables[4 * s + 2], &parts = in.tables[4 * s + 3];
     for (const Tensor& table : {cos, sin})
       STD_TORCH_CHECK(dtype_of(table) == DType::f32 && table.is_contiguous() &&
                           table.dim() == (a.per_head ? 3 : 2) && table.size(-1) == pairs &&
-                          2 * pairs <= a.width &&
-                          (!a.per_head || table.size(1) == a.side[s].heads),
+                          2 * pairs <= a.width && table.size(0) == cos.size(0) &&
+                          (!a.per_head || table.size(1) == side.heads),
                       "sora_kernels: rope: expected contiguous fp32 tables of ", pairs, " columns");
-    a.side[s].cos = static_cast<const float*>(cos.const_data_ptr());
-    a.side[s].sin = static_cast<const float*>(sin.const_data_ptr());
-    a.side[s].position_index = ints_of(position, "position_index");
-    a.side[s].rope_tokens = position->size(0);
-    STD_TORCH_CHECK(position->size(1) == a.num_positions &&
-                        (position->size(0) > 0 || a.side[s].tokens == 0),
-                    "sora_kernels: position_index: expected one row per token");
+    side.cos = static_cast<const float*>(cos.const_data_ptr());
+    side.sin = static_cast<const float*>(sin.const_data_ptr());
+    side.rope_tokens = positions->size(0);
+    STD_TORCH_CHECK(parts.has_value() == in.tables[3].has_value() &&
+                        positions->dim() == (parts ? 1 : 2) &&
+                        (parts || positions->size(1) == a.num_positions) &&
+                        (side.rope_tokens > 0 || side.tokens == 0),
+                    "sora_kernels: positions: expected one row per token, alike for q and k");
+    if (parts) side.grids = grids_of(*positions, *parts, in.first_token[s], cos.size(0));
+    else side.position_index = ints_of(positions, "positions");
   }
-  a.same_tables = a.side[0].cos == a.side[1].cos && a.side[0].sin == a.side[1].sin &&
-                  a.side[0].position_index == a.side[1].position_index &&
-                  a.side[0].rope_tokens == a.side[1].rope_tokens;
+  const QkSide &q = a.side[0], &k = a.side[1];
+  a.same_tables = q.cos == k.cos && q.sin == k.sin && q.position_index == k.position_index &&
+                  q.grids.part_of_token == k.grids.part_of_token && q.grids.parts == k.grids.parts &&
+                  q.grids.first_token == k.grids.first_token && q.rope_tokens == k.rope_tokens;
 }
 
 // One pass. `keep` owns converted vectors for the time of the call.
@@ -173,12 +206,14 @@ void copy_rows(const Tensor& from, Tensor& to, const Tensor& index, bool gather)
 
 std::tuple<Tensor, Tensor, Tensor> forward(
     List q, List k, List v, List q_weight, List k_weight, List q_bias, List k_bias, List index,
-    int64_t tokens, Optional cos, Optional sin, Optional position_index, Optional k_cos,
-    Optional k_sin, Optional k_position_index, std::vector<int64_t> axes, int64_t norm, double eps,
-    int64_t pairing, int64_t law) {
-  const Optional tables[] = {cos, sin, position_index, k_cos, k_sin, k_position_index};
-  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tokens, tables, axes, norm, eps,
-                  pairing, law};
+    int64_t tokens, Optional cos, Optional sin, Optional positions, Optional parts, Optional k_cos,
+    Optional k_sin, Optional k_positions, Optional k_parts, int64_t first_token,
+    int64_t k_first_token, std::vector<int64_t> axes, int64_t norm, double eps, int64_t pairing,
+    int64_t law) {
+  const Optional tables[] = {cos, sin, positions, parts, k_cos, k_sin, k_positions, k_parts};
+  const int64_t first[] = {first_token, k_first_token};
+  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tokens, tables, first, axes,
+                  norm, eps, pairing, law};
   in.check();
   const auto output = [&](const List& x) {
     if (x.empty()) return empty(q[0], {0}, q[0].scalar_type());
@@ -246,12 +281,14 @@ void backward_pass(QkNormRope& a, const Optional* dy, const int64_t* expected, T
 
 List backward(Optional dyq, Optional dyk, Optional dyv, List q, List k, List v, List q_weight,
               List k_weight, List q_bias, List k_bias, List index, int64_t tokens, Optional cos,
-              Optional sin, Optional position_index, Optional k_cos, Optional k_sin,
-              Optional k_position_index, std::vector<int64_t> axes, int64_t norm, double eps,
-              int64_t pairing, int64_t law, std::vector<int64_t> needs) {
-  const Optional tables[] = {cos, sin, position_index, k_cos, k_sin, k_position_index};
-  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tokens, tables, axes, norm, eps,
-                  pairing, law};
+              Optional sin, Optional positions, Optional parts, Optional k_cos, Optional k_sin,
+              Optional k_positions, Optional k_parts, int64_t first_token, int64_t k_first_token,
+              std::vector<int64_t> axes, int64_t norm, double eps, int64_t pairing, int64_t law,
+              std::vector<int64_t> needs) {
+  const Optional tables[] = {cos, sin, positions, parts, k_cos, k_sin, k_positions, k_parts};
+  const int64_t first[] = {first_token, k_first_token};
+  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tokens, tables, first, axes,
+                  norm, eps, pairing, law};
   in.check();
   const List* lists[] = {&q, &k, &v, &q_weight, &k_weight, &q_bias, &k_bias};
   size_t start[8] = {0};

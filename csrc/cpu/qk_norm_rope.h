@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "grid.h"
 #include "isa.h"
 
 namespace sora {
@@ -31,7 +32,8 @@ struct QkSide {
   void* y;              // forward: [packed tokens, H, D]
   const float* cos;  // [P, r/2] or [P, H, r/2]
   const float* sin;
-  const int32_t* position_index;  // [rope_tokens, num_positions]
+  const int32_t* position_index;  // [rope_tokens, num_positions], or null:
+  GridTable grids;                // the rows of the tables follow from the grids of a layout
   int64_t rope_tokens;
   // Backward; pointers are null where a gradient is not wanted.
   bool wanted;

@@ -21,6 +21,23 @@ inline const T* token_of(const Heads& x, int64_t n) {
          (n % x.per_batch) * x.token_stride;
 }
 
+// Which rows of cos and sin the tokens of a side take: one, or one for each axis.
+class TableRows {
+ public:
+  TableRows(const QkNormRope& args, const QkSide& side) : a(args), s(side), walk_(side.grids) {}
+
+  const int32_t* of(int64_t n) {  // n: a token of the pass
+    int64_t token = packed_row(a, n);
+    if (token >= s.rope_tokens) token %= s.rope_tokens;
+    return s.position_index ? s.position_index + token * a.num_positions : walk_.rows(token);
+  }
+
+ private:
+  const QkNormRope& a;
+  const QkSide& s;
+  GridWalk walk_;
+};
+
 inline Vec swap_neighbours(Vec v) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_permute_ps((__m512)v, 0xb1);
@@ -89,7 +106,10 @@ class FastHeads {
 
  public:
   explicit FastHeads(const QkNormRope& args)
-      : a(args), wide_(a.width * most(a) + kLanes, 5), out_(reinterpret_cast<T*>(wide_.row())) {
+      : a(args),
+        wide_(a.width * most(a) + kLanes, 5),
+        out_(reinterpret_cast<T*>(wide_.row())),
+        rows_{{args, args.side[0]}, {args, args.side[1]}} {
     for (auto& side : sums_)
       for (float*& row : side) row = wide_.row();
   }
@@ -143,6 +163,8 @@ class FastHeads {
   Scratch wide_;
   T* out_;           // one token of results
   float* sums_[2][2];  // dweight, dbias of one block, of q and of k
+  TableRows rows_[2];
+  const float* loaded_[kMaxAxes][2] = {};  // rows of cos and sin that cos_ and sin_ hold
   alignas(64) float cos_[Registers * kLanes] = {};
   alignas(64) float sin_[Registers * kLanes] = {};  // -sin at component a of a pair, sin at b
 
@@ -152,13 +174,18 @@ class FastHeads {
   int64_t size(const QkSide& side) const { return side.heads * a.width; }
 
   void load_angles(const QkSide& side, int64_t n) {
-    const int32_t* position =
-        side.position_index + packed_row(a, n) % side.rope_tokens * a.num_positions;
+    const int32_t* position = rows_[&side - a.side].of(n);
     const int64_t half = a.width / 2;
     for (int64_t axis = 0, j = 0; axis < a.num_positions; ++axis) {
       const int64_t end = a.num_positions == 1 ? half : a.axis_end[axis];
       const float* c = side.cos + position[axis] * half;
       const float* s = side.sin + position[axis] * half;
+      if (loaded_[axis][0] == c && loaded_[axis][1] == s) {  // neighbours share most of their axes
+        j = end;
+        continue;
+      }
+      loaded_[axis][0] = c;
+      loaded_[axis][1] = s;
       for (; j < end; ++j) {
         const int64_t first = Half ? j : 2 * j, second = Half ? j + half : 2 * j + 1;
         cos_[first] = cos_[second] = c[j];

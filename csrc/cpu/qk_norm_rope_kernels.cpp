@@ -55,12 +55,15 @@ inline Vec square_root(Vec v) {
 template <class T, bool Law>
 class Angles {
  public:
-  Angles(const QkNormRope& args, Scratch& scratch) : a(args), cos_(scratch.row()), sin_(scratch.row()) {}
+  Angles(const QkNormRope& args, Scratch& scratch)
+      : a(args),
+        cos_(scratch.row()),
+        sin_(scratch.row()),
+        rows_{{args, args.side[0]}, {args, args.side[1]}} {}
 
   // n: a token of the pass; head only matters to tables per head.
   void load(const QkSide& side, int64_t n, int64_t head = 0) {
-    const int32_t* position =
-        side.position_index + packed_row(a, n) % side.rope_tokens * a.num_positions;
+    const int32_t* position = rows_[&side - a.side].of(n);
     const int64_t half = a.axis_end[a.axes - 1];
     const Rounding<T, Law> round{a.law};
     for (int64_t axis = 0, j = 0; axis < a.num_positions; ++axis) {
@@ -69,6 +72,12 @@ class Angles {
       if (a.per_head) row = row * side.heads + head;
       const float* c = side.cos + row * half;
       const float* s = side.sin + row * half;
+      if (loaded_[axis][0] == c && loaded_[axis][1] == s) {
+        j = end;
+        continue;
+      }
+      loaded_[axis][0] = c;
+      loaded_[axis][1] = s;
       if (a.pairing == kInterleaved) {
         for (int64_t i = j; i < end; ++i) {
           cos_[2 * i] = cos_[2 * i + 1] = c[i];
@@ -114,6 +123,8 @@ class Angles {
  private:
   const QkNormRope& a;
   float *cos_, *sin_;
+  TableRows rows_[2];
+  const float* loaded_[kMaxAxes][2] = {};  // rows of cos and sin that cos_ and sin_ hold
 
   // Pairs [begin, end) whose components are the two halves of [2 * begin, 2 * end).
   template <bool Back, class Get, class Put>

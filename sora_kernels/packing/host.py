@@ -125,6 +125,7 @@ class HostPack:
             "cu_seqlens": _offsets(seqlens).astype(np.int32),
             "part_starts": self.part_starts.astype(np.int32),
             "part_table": self._part_table(),
+            "position_table": self.position_table(),
             "segment_of_token": np.repeat(np.arange(seqlens.size, dtype=np.int32), seqlens),
             "part_of_token": np.repeat(np.arange(lengths.size, dtype=np.int32), lengths),
             "grid_tokens": np.flatnonzero(token_is_grid),
@@ -185,28 +186,48 @@ class HostPack:
                 table[start : start + length] = self.per_token(part, axes)
         return table
 
-    def positions(self) -> tuple[npt.NDArray[np.float64], Int32Array]:
-        """The distinct positions of the pack, sorted, fp64 `[P]`, and int32 `[N, 3]` indices.
+    @cached_property
+    def position_runs(self) -> dict[tuple[float, float], tuple[int, int]]:
+        """First row and length of each run of positions in the tables, by (origin, scale).
 
-        The value 0 is always among them: text tokens use it.
+        Row `first + i` holds position `origin + i * scale`. A run serves every part and axis with
+        its origin and scale. Row 0 always holds position 0: text takes it.
         """
-        values: dict[tuple[int, float, float], npt.NDArray[np.float64]] = {}
+        lengths: dict[tuple[float, float], int] = {(0.0, 1.0): 1}
         for part in self.parts:
             if isinstance(part, Grid):
-                for key in zip((part.t, part.h, part.w), part.origin, part.scale, strict=True):
-                    if key not in values:
-                        n, origin, scale = key
-                        values[key] = origin + scale * np.arange(n, dtype=np.float64)
-        distinct = np.unique(np.concatenate([np.zeros(1), *values.values()]))
-        lookup = {key: np.searchsorted(distinct, x).astype(np.int32) for key, x in values.items()}
-        index = np.full((self.num_tokens, 3), np.searchsorted(distinct, 0.0), np.int32)
-        for part, start, length in zip(
-            self.parts, self.part_starts, self.part_lengths, strict=False
-        ):
+                for n, *key in zip((part.t, part.h, part.w), part.origin, part.scale, strict=True):
+                    origin, scale = key
+                    lengths[origin, scale] = max(n, lengths.get((origin, scale), 0))
+        runs, first = {}, 0
+        for run, length in lengths.items():
+            runs[run] = (first, length)
+            first += length
+        return runs
+
+    def positions(self) -> npt.NDArray[np.float64]:
+        """The position in each row of the tables, fp64 `[P]`."""
+        return np.concatenate(
+            [
+                origin + scale * np.arange(length, dtype=np.float64)
+                for (origin, scale), (_, length) in self.position_runs.items()
+            ]
+        )
+
+    def position_table(self) -> Int32Array:
+        """`GridPositions.parts`: what gives the table rows of each token."""
+        tiled = self.order == "tile"
+        table = np.ones((len(self.parts), 11 if tiled else 7), np.int32)
+        table[:, 0] = self.part_starts[:-1]
+        table[:, 1], table[:, 4:7] = 0, 0
+        runs = self.position_runs
+        for row, part in zip(table, self.parts, strict=True):
             if isinstance(part, Grid):
-                keys = zip((part.t, part.h, part.w), part.origin, part.scale, strict=True)
-                index[start : start + length] = self.per_token(part, [lookup[key] for key in keys])
-        return distinct, index
+                row[1:4] = part.num_tokens - 1, part.h, part.w
+                row[4:7] = [runs[key][0] for key in zip(part.origin, part.scale, strict=True)]
+                if tiled:
+                    row[7:] = part.t, *self.tile_of(part)
+        return table
 
     def per_token(self, grid: Grid, axes: Sequence[Int32Array]) -> Int32Array:
         """Values per axis, `[t]`, `[h]`, `[w]`, spread to the tokens as stored, `[t*h*w, 3]`."""

@@ -14,6 +14,7 @@ from . import arena
 from .host import Capacity, HostPack, padding_segments
 from .parts import Grid, Order, Part, Text, Triple, as_int, as_int_triple
 from .rope import (
+    GridPositions,
     PerAxis,
     Rope,
     angle_tables,
@@ -185,7 +186,7 @@ class PackedLayout:
         self.part_rows = RowMap(
             host.num_tokens, self.num_parts, 0, self.part_of_token, None, self.part_starts
         )
-        self._positions: Tensor | None = None
+        self._positions = GridPositions(self.part_of_token, tensors["position_table"])
         self._ropes: dict[Hashable, Rope] = {}
         self._work: dict[int, Tensor] = {}
         self._window_table = tensors.get("window_table")
@@ -241,10 +242,12 @@ class PackedLayout:
                 and interpolation (LTX-Video's reach 15,700).
 
         Returns:
-            `Rope` over all N tokens. Text tokens have position 0: they are not turned.
+            `Rope` over all N tokens, whose positions kernels compute from the grids: it holds no
+            tensor per token besides `part_of_token`. Its tables have one row per step of each
+            distinct (origin, scale) of an axis. Text tokens have position 0: they are not turned.
 
         Raises:
-            ValueError: an argument is out of range, or there are more distinct positions than
+            ValueError: an argument is out of range, or the tables have more rows than
                 `capacity.positions`.
             RuntimeError: called for the first time inside a torch.compile region.
         """
@@ -272,18 +275,16 @@ class PackedLayout:
             )
         else:
             rates = check_frequencies(axes, frequencies)
-        values, index = self._host.positions()
+        values = self._host.positions()
         if self.capacity is not None:
             rows = self.capacity.resolve()[4]
             if values.size > rows:
                 raise ValueError(
-                    f"capacity.positions: the pack has {values.size} distinct positions, more than "
-                    f"{rows}"
+                    f"capacity.positions: the pack has {values.size} positions in its tables, more "
+                    f"than {rows}"
                 )
             values = np.pad(values, (0, rows - values.size))
         cos, sin = angle_tables(values, rates)
-        if self._positions is None:
-            self._positions = self._send(index)
         rope = Rope(self._send(cos), self._send(sin), self._positions, axes)
         self._ropes[key] = rope
         return rope
@@ -384,7 +385,6 @@ class PackedLayout:
         for rope, source in ropes:
             rope.cos.copy_(source.cos, non_blocking=True)
             rope.sin.copy_(source.sin, non_blocking=True)
-            rope.position_index.copy_(source.position_index, non_blocking=True)
         for work, values in lists:
             work.copy_(values, non_blocking=True)
         self.segments, self.patch, self.seqlens = other.segments, other.patch, other.seqlens

@@ -24,23 +24,109 @@ PerAxis: TypeAlias = float | Sequence[float]
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 
+# What kernels know of a part. `last` is the offset of its last token; a part that is not turned
+# (text, padding) has 0 there, grid 1x1x1 and the row of position 0. The tile is absent in raster
+# order, where the whole grid is one tile.
+POSITION_COLUMNS = ("start", "last", "h", "w", "row_t", "row_h", "row_w")
+TILE_COLUMNS = ("t", "tile_t", "tile_h", "tile_w")
+
+
+@dataclass(frozen=True)
+class GridPositions:
+    """Rows of the tables that follow from the grids of a layout: nothing is kept per token.
+
+    Token `n` of these is token `first_token + n` of the pack, which is number `first_token + n -
+    start` of its part. `tiles` says how that gives the coordinates (t, h, w) in the part's grid;
+    the row of an axis is the part's first one on it plus the coordinate. Kernels do the same.
+
+    Attributes:
+        part_of_token: int32 `[N]`, the layout's own.
+        parts: int32 `[parts, 7]` in raster order, `[parts, 11]` in tile order: `POSITION_COLUMNS`
+            and `TILE_COLUMNS`.
+        first_token: where a slice begins.
+    """
+
+    part_of_token: Tensor
+    parts: Tensor
+    first_token: int = 0
+
+    def rows(self) -> Tensor:
+        """The row of each token on each axis, int32 `[N, 3]`."""
+        part = self.parts.index_select(0, self.part_of_token)
+        start, last, h, w = part[:, :4].unbind(1)
+        token = torch.arange(len(part), dtype=torch.int32, device=part.device) + self.first_token
+        offset = torch.minimum((token - start).clamp_(min=0), last)
+        tiled = part.shape[1] > len(POSITION_COLUMNS)
+        size, tile = ((part[:, 7], h, w), part[:, 8:].unbind(1)) if tiled else ((None, h, w), None)
+        return part[:, 4:7] + token_coordinates(offset, size, tile)
+
+    def slice(self, start: int, stop: int) -> GridPositions:
+        first = self.first_token + start
+        return GridPositions(self.part_of_token[start:stop], self.parts, first)
+
+    def padded(self, before: int, after: int, row: int) -> GridPositions:
+        """With tokens around them that take `row` on every axis: a part more."""
+        new = self.parts.new_ones(1, self.parts.shape[1])
+        new[0, :2], new[0, 4:7] = 0, row
+        number = len(self.parts)
+        around = [self.part_of_token.new_full((n,), number) for n in (before, after)]
+        part_of_token = torch.cat((around[0], self.part_of_token, around[1]))
+        return GridPositions(part_of_token, torch.cat((self.parts, new)), self.first_token - before)
+
+    def to(self, device: torch.device | str) -> GridPositions:
+        tensors = (x.to(device, non_blocking=True) for x in (self.part_of_token, self.parts))
+        return GridPositions(*tensors, self.first_token)
+
+
+def token_coordinates(
+    offset: Tensor, size: Sequence[Tensor | None], tile: Sequence[Tensor] | None
+) -> Tensor:
+    """(t, h, w) `[N, 3]` of token number `offset` of a grid, all int32 `[N]`.
+
+    `tile=None` means raster order, which asks nothing of t. The inverse of `tile_order`, as the
+    kernels have it (`ops/_grid.py`, `csrc/common/grid.h`).
+    """
+    t, h, w = size
+    assert h is not None and w is not None
+    if tile is None:
+        row = offset // w
+        return torch.stack((row // h, row % h, offset % w), 1)
+    assert t is not None
+    tile_t, tile_h, tile_w = tile
+    plane = tile_t * h * w
+    t0 = offset // plane * tile_t
+    offset = offset % plane
+    extent_t = torch.minimum(tile_t, t - t0)
+    row = extent_t * tile_h * w
+    h0 = offset // row * tile_h
+    offset = offset % row
+    extent_h = torch.minimum(tile_h, h - h0)
+    column = extent_t * extent_h * tile_w
+    w0 = offset // column * tile_w
+    offset = offset % column
+    extent_w = torch.minimum(tile_w, w - w0)
+    row = offset // extent_w
+    return torch.stack((t0 + row // extent_h, h0 + row % extent_h, w0 + offset % extent_w), 1)
+
+
 @dataclass(frozen=True)
 class Rope:
-    """Cosines and sines of a packed batch: one small table and, per token, rows of it.
+    """Cosines and sines of a packed batch: one small table and which rows of it each token takes.
 
     Token `n` turns pair `j` by the angle whose cosine is `cos[position_index[n, a], j]`, where `a`
     is the axis that owns pair `j` (`axis_of_pair[j]`).
 
     Attributes:
-        cos, sin: fp32 `[P, r/2]`; P counts the distinct positions over all axes. Or `[P, H, r/2]`
-            for angles that differ per head.
-        position_index: int32 `[N, A]`, row of the table per token and axis.
+        cos, sin: fp32 `[P, r/2]`; P counts the positions in the tables. Or `[P, H, r/2]` for angles
+            that differ per head.
+        positions: int32 `[N, A]`, row of the table per token and axis; or, from a layout, the
+            `GridPositions` that kernels compute it from.
         axes: rotated features per axis, even, summing to `r`; axis 0 owns the first pairs.
     """
 
     cos: Tensor
     sin: Tensor
-    position_index: Tensor
+    positions: Tensor | GridPositions
     axes: tuple[int, ...]
 
     @staticmethod
@@ -75,16 +161,24 @@ class Rope:
         """Tokens that are not turned (text, padding) around these: angle 0 on every axis."""
         still = [torch.full_like(t[:1], value) for t, value in ((self.cos, 1.0), (self.sin, 0.0))]
         cos, sin = torch.cat((self.cos, still[0])), torch.cat((self.sin, still[1]))
-        width = self.position_index.shape[1]
-        rows = [
-            torch.full((n, width), self.cos.shape[0], dtype=torch.int32, device=cos.device)
-            for n in (as_int("before", before, 0), as_int("after", after, 0))
-        ]
-        return Rope(cos, sin, torch.cat((rows[0], self.position_index, rows[1])), self.axes)
+        before, after, row = as_int("before", before, 0), as_int("after", after, 0), len(self.cos)
+        if isinstance(self.positions, GridPositions):
+            return Rope(cos, sin, self.positions.padded(before, after, row), self.axes)
+        index = torch.nn.functional.pad(self.positions, (0, 0, before, after), value=row)
+        return Rope(cos, sin, index, self.axes)
+
+    @property
+    def position_index(self) -> Tensor:
+        """int32 `[N, A]`, row of the table per token and axis; computed if it is not given."""
+        if isinstance(self.positions, GridPositions):
+            return self.positions.rows()
+        return self.positions
 
     @property
     def num_tokens(self) -> int:
-        return self.position_index.shape[0]
+        if isinstance(self.positions, GridPositions):
+            return self.positions.part_of_token.shape[0]
+        return self.positions.shape[0]
 
     @property
     def rotary_dim(self) -> int:
@@ -99,13 +193,14 @@ class Rope:
     def dense(self) -> tuple[Tensor, Tensor]:
         """The tables per token, fp32 `[N, r/2]` or `[N, H, r/2]`: for references and tests."""
         tables = []
-        single = self.position_index.shape[1] == 1
+        index = self.position_index
+        single = index.shape[1] == 1
         for table in (self.cos, self.sin):
             columns = []
             start = 0
             for axis, size in enumerate(self.axes):
                 column = table[..., start : start + size // 2]
-                rows = self.position_index[:, 0 if single else axis]
+                rows = index[:, 0 if single else axis]
                 columns.append(column.index_select(0, rows))
                 start += size // 2
             tables.append(torch.cat(columns, dim=-1))
@@ -113,14 +208,14 @@ class Rope:
 
     def slice(self, start: int, stop: int) -> Rope:
         """The tables of tokens `[start, stop)`; shares memory with this one."""
-        return Rope(self.cos, self.sin, self.position_index[start:stop], self.axes)
+        if isinstance(self.positions, GridPositions):
+            return Rope(self.cos, self.sin, self.positions.slice(start, stop), self.axes)
+        return Rope(self.cos, self.sin, self.positions[start:stop], self.axes)
 
     def to(self, device: torch.device | str) -> Rope:
         """The same tables on `device`."""
-        cos, sin, index = (
-            x.to(device, non_blocking=True) for x in (self.cos, self.sin, self.position_index)
-        )
-        return Rope(cos, sin, index, self.axes)
+        cos, sin = (x.to(device, non_blocking=True) for x in (self.cos, self.sin))
+        return Rope(cos, sin, self.positions.to(device), self.axes)
 
 
 def _describe(value: Any) -> str:

@@ -429,8 +429,10 @@ def raw_arguments(norm: int = 1, rope: bool = True) -> tuple[Any, ...]:
     q, k = randn(12, 2, 8, seed=1), randn(12, 1, 8, seed=2)
     lists = ([q], [k], [], [randn(8, seed=3)], [], [randn(8, seed=4)] if norm == 2 else [], [])
     table = make_rope(12, (4, 2, 2))
-    tables = (table.cos, table.sin, table.position_index) if rope else (None, None, None)
-    return (*lists, [], 0, *tables, *tables, [4, 2, 2] if rope else [], norm, 1e-6, 0, 0)
+    tables: tuple[Any, ...] = (None,) * 4
+    if rope:
+        tables = (table.cos, table.sin, table.positions.part_of_token, table.positions.parts)
+    return (*lists, [], 0, *tables, *tables, 0, 0, [4, 2, 2] if rope else [], norm, 1e-6, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -310,22 +310,11 @@ def test_opcheck_of_streams() -> None:
     rope = layout.rope((4, 2, 2))
     given = {name: t.detach() for name, t in make(layout, (2, 1), 8, "rms").items()}
     lists = [pairs(given, x) or [] for x in ("q", "k", "v", "q_weight", "k_weight")]
-    tables = (rope.cos, rope.sin, rope.position_index)
+    tables = (rope.cos, rope.sin, rope.position_index, None)
     index = [layout.text_tokens, layout.grid_tokens]
     arguments = (
-        *lists,
-        [],
-        [],
-        index,
-        layout.num_tokens,
-        *tables,
-        *tables,
-        [4, 2, 2],
-        1,
-        1e-6,
-        0,
-        0,
-    )
+        *lists, [], [], index, layout.num_tokens, *tables, *tables, 0, 0, [4, 2, 2], 1, 1e-6, 0, 0,
+    )  # fmt: skip
     ops = torch.ops.sora_kernels
     torch.library.opcheck(ops.qk_norm_rope_fwd.default, arguments)
     dy = upstream_of(layout, (2, 1), 8)

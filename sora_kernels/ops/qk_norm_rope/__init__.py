@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import backend, laws
 from . import checks
-from .raw import LISTS, OP, Norm, Pairing, split
+from .raw import LISTS, OP, TABLE_TENSORS, TABLES, Norm, Pairing, split
 from .reference import qk_norm_rope_reference
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def qk_norm_rope(
         "k_bias": checks.parameters("k_bias", k_bias, k, norm, count),
     }
     tables = _tables(q, k, q.shape[:-2], k.shape[:-2], rope, k_rope)
-    yq, yk, _ = _run(lists, index, 0, tables, rope, norm, eps, pairing, law)
+    yq, yk, _ = _run(lists, index, 0, tables, rope, k_rope, norm, eps, pairing, law)
     return yq, yk
 
 
@@ -176,7 +176,9 @@ def qk_norm_rope_joint(
     for name, given in (("q_weight", q_weight), ("k_weight", k_weight),
                         ("q_bias", q_bias), ("k_bias", k_bias)):  # fmt: skip
         lists[name] = checks.parameters(name, given, lists[name[0]][0], norm, len(parts))
-    results = _run(lists, list(index), batch * sum(lengths), tables, rope, norm, eps, pairing, law)
+    results = _run(
+        lists, list(index), batch * sum(lengths), tables, rope, k_rope, norm, eps, pairing, law
+    )
     return tuple(y.view(*outer, *y.shape[-2:]) for y in results[: len(parts[0])])
 
 
@@ -196,7 +198,7 @@ def joint_index(
 
 # --- one way for both ---------------------------------------------------------------------------
 
-_Tables = list[Tensor | None]  # cos, sin, position_index of q, then of k
+_Tables = list[Any]  # raw.TABLES
 
 
 def _tables(
@@ -210,15 +212,27 @@ def _tables(
     if rope is None:
         if k_rope is not None:
             raise ValueError("k_rope: expected None without rope, got tables")
-        return [None] * 6
+        return [None] * TABLE_TENSORS + [0, 0]
     checks.check_rope("rope", rope, q, q_outer)
-    found: _Tables = [rope.cos, rope.sin, rope.position_index]
     if k_rope is None:
         checks.check_heads("rope", rope.cos, k)
-        return found + found
+        tables, first = _side(rope)
+        return [*tables, *tables, first, first]
     checks.check_rope("k_rope", k_rope, k, k_outer)
     checks.check_k_rope(k_rope, rope)
-    return [*found, k_rope.cos, k_rope.sin, k_rope.position_index]
+    tables, first = _side(rope)
+    k_tables, k_first = _side(k_rope)
+    if (tables[3] is None) != (k_tables[3] is None):  # one kernel turns both: index them both
+        tables, k_tables = ([r.cos, r.sin, r.position_index, None] for r in (rope, k_rope))
+    return [*tables, *k_tables, first, k_first]
+
+
+def _side(rope: Rope) -> tuple[list[Tensor | None], int]:
+    """Tables of q or k, and the token of the pack that its first one is."""
+    positions = rope.positions
+    if isinstance(positions, Tensor):
+        return [rope.cos, rope.sin, positions, None], 0
+    return [rope.cos, rope.sin, positions.part_of_token, positions.parts], positions.first_token
 
 
 def _run(
@@ -227,6 +241,7 @@ def _run(
     tokens: int,
     tables: _Tables,
     rope: Rope | None,
+    k_rope: Rope | None,
     norm: str | None,
     eps: float,
     pairing: str,
@@ -246,8 +261,7 @@ def _run(
             "points": _point_names(mask),
         }
         sides = []
-        for side, at in (("q", 0), ("k", 3)):
-            table: Any = None if rope is None else tuple(tables[at : at + 3])
+        for side, table in (("q", rope), ("k", k_rope or rope)):
             sides.append(
                 qk_norm_rope_reference(
                     lists[side],
@@ -255,7 +269,7 @@ def _run(
                     lists[f"{side}_bias"],
                     index,
                     tokens,
-                    table,
+                    None if table is None else (table.cos, table.sin, table.position_index),
                     tuple(axes),
                     **options,
                 )  # fmt: skip
@@ -287,13 +301,13 @@ class _QkNormRope(torch.autograd.Function):
         ctx: Any, chosen: str, sizes: list[int], groups: int, rest: Any, *flat: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors, index = list(flat[: sum(sizes)]), list(flat[sum(sizes) :])
-        ctx.chosen, ctx.sizes, ctx.statics = chosen, sizes, (rest[0], rest[7:])
+        ctx.chosen, ctx.sizes, ctx.statics = chosen, sizes, (rest[0], rest[1 + TABLE_TENSORS :])
         ctx.dtypes = [t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
         # A rotation alone needs no input to go back: shape and dtype are those of the gradient.
-        ctx.rotation = rest[8] == Norm.NONE and not groups
+        ctx.rotation = rest[2 + TABLES] == Norm.NONE and not groups
         saved = tensors[2:] if ctx.rotation else tensors
-        ctx.save_for_backward(*saved, *index, *rest[1:7])
+        ctx.save_for_backward(*saved, *index, *rest[1 : 1 + TABLE_TENSORS])
         forward = backend.implementation(OP, "fwd", chosen, tensors[0])
         return forward(*split(tensors, sizes), index, *rest)
 
@@ -301,7 +315,7 @@ class _QkNormRope(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         dys = [None if g is None else _dense(g) for g in grads]
-        saved, tables = list(ctx.saved_tensors[:-6]), ctx.saved_tensors[-6:]
+        saved, tables = list(ctx.saved_tensors[:-TABLE_TENSORS]), ctx.saved_tensors[-TABLE_TENSORS:]
         if ctx.rotation:
             stand_in = [dy for dy in dys[:2] if dy is not None]
             if not stand_in:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ...packing import Rope
+    from ...packing.rope import GridPositions
 
 MAX_AXES = 4
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -113,7 +114,7 @@ def check_heads(name: str, cos: Tensor, x: Tensor) -> None:
 
 def check_rope(name: str, rope: Rope, x: Tensor, outer: Sequence[int]) -> None:
     """Tables for ``x`` of tokens [N] or [B, L]: all of them, or those of one batch entry."""
-    cos, sin, index, axes = rope.cos, rope.sin, rope.position_index, rope.axes
+    cos, sin, positions, axes = rope.cos, rope.sin, rope.positions, rope.axes
     width = sum(axes)
     if not 1 <= len(axes) <= MAX_AXES or any(a < 0 or a % 2 for a in axes) or width == 0:
         raise ValueError(f"{name}.axes: expected 1 to {MAX_AXES} even sizes, got {tuple(axes)}")
@@ -130,26 +131,54 @@ def check_rope(name: str, rope: Rope, x: Tensor, outer: Sequence[int]) -> None:
         if not table.is_contiguous():
             raise ValueError(f"{name}.{part}: expected a contiguous tensor, got {table.stride()}")
     check_heads(name, cos, x)
+    if isinstance(positions, Tensor):
+        index = positions
+        if index.ndim != 2 or index.shape[1] not in (1, len(axes)):
+            raise ValueError(
+                f"{name}.positions: expected [N, 1] or [N, {len(axes)}], got {tuple(index.shape)}"
+            )
+    else:
+        index = positions.part_of_token
+        check_parts(name, positions, axes)
     if index.dtype != torch.int32 or not index.is_contiguous():
-        raise TypeError(f"{name}.position_index: expected contiguous int32, got {index.dtype}")
-    if index.ndim != 2 or index.shape[1] not in (1, len(axes)):
-        raise ValueError(
-            f"{name}.position_index: expected [N, 1] or [N, {len(axes)}], got {tuple(index.shape)}"
-        )
+        raise TypeError(f"{name}.positions: expected contiguous int32, got {index.dtype}")
     tokens = outer[0] if len(outer) == 1 else outer[0] * outer[1]
     if index.shape[0] not in (tokens, outer[-1]):
         raise ValueError(f"{name}: expected {tokens} tokens, got {index.shape[0]}")
-    for part, t in (("cos", cos), ("sin", sin), ("position_index", index)):
+    for part, t in (("cos", cos), ("sin", sin), ("positions", index)):
         if t.device != x.device:
             raise ValueError(f"{name}.{part}: expected the device of q, {x.device}, got {t.device}")
 
 
+def check_parts(name: str, positions: GridPositions, axes: Sequence[int]) -> None:
+    """What kernels compute positions from: three axes, and int32 tables of the parts."""
+    index, parts = positions.part_of_token, positions.parts
+    if len(axes) != 3:
+        raise ValueError(f"{name}.axes: expected three with positions of a layout, got {axes}")
+    if index.ndim != 1 or parts.ndim != 2 or parts.shape[1] not in (7, 11):
+        raise ValueError(
+            f"{name}.positions: expected part_of_token [N] and parts [P, 7] or [P, 11], "
+            f"got {tuple(index.shape)} and {tuple(parts.shape)}"
+        )
+    if parts.dtype != torch.int32 or not parts.is_contiguous() or parts.device != index.device:
+        raise TypeError(
+            f"{name}.positions: expected parts of contiguous int32 on {index.device}, "
+            f"got {parts.dtype} on {parts.device}"
+        )
+
+
 def check_k_rope(k_rope: Rope, rope: Rope) -> None:
     """Both sides run the same kernel: their tables may differ in values and length only."""
+    positions = _axes_indexed(k_rope), _axes_indexed(rope)
     for part, mine, other in (
         ("axes", tuple(k_rope.axes), tuple(rope.axes)),
         ("cos", k_rope.cos.ndim, rope.cos.ndim),
-        ("position_index", k_rope.position_index.shape[1], rope.position_index.shape[1]),
+        ("positions", *positions),
     ):
         if mine != other:
             raise ValueError(f"k_rope.{part}: expected the layout of rope's, {other}, got {mine}")
+
+
+def _axes_indexed(rope: Rope) -> int:
+    """Rows of the tables that a token takes: one, or one for each axis."""
+    return rope.positions.shape[1] if isinstance(rope.positions, Tensor) else len(rope.axes)

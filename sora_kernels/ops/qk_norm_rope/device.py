@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ...laws import Point
+from .._grid import position_rows
 from .raw import Norm, Pairing
 
 XHAT = tl.constexpr(int(Point.XHAT))
@@ -76,11 +77,17 @@ def store_pairs(ptr, base, mask, a, b, col_a, col_b, D: tl.constexpr, PAIRS: tl.
 
 
 @triton.jit
-def angles(cos_ptr, sin_ptr, pos_ptr, token, token_mask, head, j, rope_len, H: tl.constexpr,
-            B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr, R2: tl.constexpr,
-            NUM_POS: tl.constexpr, PER_HEAD: tl.constexpr):  # fmt: skip
-    """cos and sin [T, 1 or HEADS, PAIRS]: row position_index[token, axis of j] of column j."""
-    at = pos_ptr + (token % rope_len) * NUM_POS
+def table_rows(pos_ptr, parts_ptr, part_size, first_token, token, token_mask, j, rope_len,
+                B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+                NUM_POS: tl.constexpr):  # fmt: skip
+    """The row that column j of the tables is read from, [T, PAIRS] (or [T, 1])."""
+    token = token % rope_len
+    if NUM_POS == 0:
+        row_t, row_h, row_w = position_rows(pos_ptr, parts_ptr, part_size, first_token, token,
+                                            token_mask)  # fmt: skip
+        row = tl.where(j[None, :] >= B1, row_h[:, None], row_t[:, None])
+        return tl.where(j[None, :] >= B2, row_w[:, None], row)
+    at = pos_ptr + token * NUM_POS
     row = tl.load(at, mask=token_mask, other=0)[:, None] + tl.zeros_like(j)[None, :]
     if NUM_POS > 1:
         row_1 = tl.load(at + 1, mask=token_mask, other=0)[:, None]
@@ -91,6 +98,20 @@ def angles(cos_ptr, sin_ptr, pos_ptr, token, token_mask, head, j, rope_len, H: t
     if NUM_POS > 3:
         row_3 = tl.load(at + 3, mask=token_mask, other=0)[:, None]
         row = tl.where(j[None, :] >= B3, row_3, row)
+    return row
+
+
+@triton.jit
+def angles(cos_ptr, sin_ptr, pos_ptr, parts_ptr, part_size, first_token, token, token_mask, head, j,
+            rope_len, H: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+            R2: tl.constexpr, NUM_POS: tl.constexpr, PER_HEAD: tl.constexpr):  # fmt: skip
+    """cos and sin [T, 1 or HEADS, PAIRS] of packed rows ``token``.
+
+    NUM_POS: columns of position_index at ``pos_ptr``, one per axis or one for all. 0: it is
+    part_of_token instead, and the rows follow from ``parts_ptr``.
+    """
+    row = table_rows(pos_ptr, parts_ptr, part_size, first_token, token, token_mask, j, rope_len,
+                     B1, B2, B3, NUM_POS)  # fmt: skip
     offset = row[:, None, :].to(tl.int64)
     mask = token_mask[:, None, None] & (j < R2)[None, None, :]
     if PER_HEAD:

@@ -32,8 +32,8 @@ from .device import (
     store_pairs,
 )
 from .kernels_bwd import launch_backward, qk_norm_rope_bwd_kernel
-from .launch import POINTS, Side, rope_constants, unit_of
-from .raw import Norm, Pairing, new_gradients, new_outputs
+from .launch import POINTS, Side, rope_constants, side_tables, unit_of
+from .raw import TABLES, Norm, Pairing, new_gradients, new_outputs
 
 if TYPE_CHECKING:
     from ...aot import AotCase
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 @triton.jit
 def qk_norm_rope_fwd_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr,
-    cos_ptr, sin_ptr, pos_ptr, k_cos_ptr, k_sin_ptr, k_pos_ptr, index_ptr, yq_ptr, yk_ptr,
-    n_q, n_k, q_len, k_len, rope_len, k_rope_len,
+    cos_ptr, sin_ptr, pos_ptr, parts_ptr, k_cos_ptr, k_sin_ptr, k_pos_ptr, k_parts_ptr,
+    index_ptr, yq_ptr, yk_ptr,
+    n_q, n_k, q_len, k_len, rope_len, part_size, first, k_rope_len, k_part_size, k_first,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     eps,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
@@ -60,17 +61,17 @@ def qk_norm_rope_fwd_kernel(
     q_blocks: tl.constexpr = (HQ + HEADS - 1) // HEADS
     if tl.program_id(1) < q_blocks:
         _fwd_tile(
-            q_ptr, q_weight_ptr, q_bias_ptr, cos_ptr, sin_ptr, pos_ptr, index_ptr, yq_ptr,
-            tl.program_id(1),
-            n_q, q_len, rope_len, q_stride_b, q_stride_t, q_stride_h, eps,
+            q_ptr, q_weight_ptr, q_bias_ptr, cos_ptr, sin_ptr, pos_ptr, parts_ptr,
+            index_ptr, yq_ptr, tl.program_id(1),
+            n_q, q_len, rope_len, part_size, first, q_stride_b, q_stride_t, q_stride_h, eps,
             HQ, D, UNIT, B1, B2, B3, R2, NUM_POS, PER_HEAD, X_PACKED, Y_PACKED,
             NORM, PAIRING, LAW, Q_WEIGHT, Q_BIAS, TOKENS, HEADS, PAIRS,
         )  # fmt: skip
     else:
         _fwd_tile(
-            k_ptr, k_weight_ptr, k_bias_ptr, k_cos_ptr, k_sin_ptr, k_pos_ptr, index_ptr, yk_ptr,
-            tl.program_id(1) - q_blocks,
-            n_k, k_len, k_rope_len, k_stride_b, k_stride_t, k_stride_h, eps,
+            k_ptr, k_weight_ptr, k_bias_ptr, k_cos_ptr, k_sin_ptr, k_pos_ptr, k_parts_ptr,
+            index_ptr, yk_ptr, tl.program_id(1) - q_blocks,
+            n_k, k_len, k_rope_len, k_part_size, k_first, k_stride_b, k_stride_t, k_stride_h, eps,
             HK, D, UNIT, B1, B2, B3, R2, NUM_POS, PER_HEAD, X_PACKED, Y_PACKED,
             NORM, PAIRING, LAW, K_WEIGHT, K_BIAS, TOKENS, HEADS, PAIRS,
         )  # fmt: skip
@@ -78,9 +79,9 @@ def qk_norm_rope_fwd_kernel(
 
 @triton.jit
 def _fwd_tile(
-    x_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, pos_ptr, index_ptr, y_ptr,
+    x_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, pos_ptr, parts_ptr, index_ptr, y_ptr,
     head_block,
-    n, length, rope_len, stride_b, stride_t, stride_h, eps,
+    n, length, rope_len, part_size, first, stride_b, stride_t, stride_h, eps,
     H: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
     B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr, R2: tl.constexpr,
     NUM_POS: tl.constexpr, PER_HEAD: tl.constexpr, X_PACKED: tl.constexpr, Y_PACKED: tl.constexpr,
@@ -115,8 +116,8 @@ def _fwd_tile(
             a, b = a + ba, b + bb
         a, b = round_at(a, BEFORE_ROPE, LAW, dtype), round_at(b, BEFORE_ROPE, LAW, dtype)
     if R2 > 0:
-        cos, sin = angles(cos_ptr, sin_ptr, pos_ptr, row, token_mask, head, j, rope_len,
-                           H, B1, B2, B3, R2, NUM_POS, PER_HEAD)  # fmt: skip
+        cos, sin = angles(cos_ptr, sin_ptr, pos_ptr, parts_ptr, part_size, first, row, token_mask,
+                           head, j, rope_len, H, B1, B2, B3, R2, NUM_POS, PER_HEAD)  # fmt: skip
         cos, sin = round_at(cos, ROPE, LAW, dtype), round_at(sin, ROPE, LAW, dtype)
         ac, bs = round_at(a * cos, ROPE, LAW, dtype), round_at(b * sin, ROPE, LAW, dtype)
         bc, as_ = round_at(b * cos, ROPE, LAW, dtype), round_at(a * sin, ROPE, LAW, dtype)
@@ -147,7 +148,7 @@ def launch_forward(
     unit = unit_of(q.strides, k.strides)
     qk_norm_rope_fwd_kernel[grid](
         q.x, k.x, q.weight, k.weight, q.bias, k.bias, *q.tables, *k.tables, index, q.y, k.y,
-        q.tokens, k.tokens, q.length, k.length, q.rope_length, k.rope_length,
+        q.tokens, k.tokens, q.length, k.length, *q.rope_sizes, *k.rope_sizes,
         *(s // unit for group in (q.strides, k.strides) for s in group),
         eps,
         HQ=hq, HK=hk, D=width, UNIT=unit, **rope_constants(axes, q.tables),
@@ -179,7 +180,7 @@ def _sides(
         mine = x[stream] if len(x) > 1 else x[0]
         weight, bias = (parameters[j][stream] if parameters[j] else None for j in (i, 2 + i))
         tokens = index[stream].shape[0] if index else mine.shape[:-2].numel()
-        sides.append(Side(mine, tokens, weight, bias, tables[3 * i : 3 * i + 3]))
+        sides.append(Side(mine, tokens, weight, bias, *side_tables(tables, i)))
     return sides[0], sides[1]
 
 
@@ -187,9 +188,9 @@ def forward(
     q: Lists, k: Lists, v: Lists, q_weight: Lists, k_weight: Lists, q_bias: Lists, k_bias: Lists,
     index: Lists, tokens: int, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``rest``: six tables, axes, norm, eps, pairing, law."""
+    """``rest``: eight tables and two first tokens, axes, norm, eps, pairing, law."""
     yq, yk, yv = new_outputs(q, k, v, tokens)
-    tables, options = rest[:6], rest[6:]
+    tables, options = rest[:TABLES], rest[TABLES:]
     parameters = (q_weight, k_weight, q_bias, k_bias)
     for s in range(max(1, len(index))):
         one, other = _sides(q, k, parameters, index, tables, s)
@@ -206,9 +207,9 @@ def backward(
     q_weight: Lists, k_weight: Lists, q_bias: Lists, k_bias: Lists, index: Lists, tokens: int,
     *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
-    """``rest``: six tables, axes, norm, eps, pairing, law, needs."""
+    """``rest``: as in ``forward``, and needs."""
     parameters = (q_weight, k_weight, q_bias, k_bias)
-    tables, options, needs = rest[:6], rest[6:-1], rest[-1]
+    tables, options, needs = rest[:TABLES], rest[TABLES:-1], rest[-1]
     grads = new_gradients(q, k, v, parameters, needs)
     wanted = iter([g if need else None for g, need in zip(grads, needs, strict=True)])
     dq, dk, dv, *dparameters = [[next(wanted) for _ in x] for x in (q, k, v, *parameters)]
@@ -236,7 +237,8 @@ def _aot_case(
     """Types from the argument names; ``absent`` pointers are None at compile time."""
     from ...aot import AotCase
 
-    types = dict.fromkeys(("pos_ptr", "k_pos_ptr"), "*i32") | {"index_ptr": "*i64", "eps": "fp32"}
+    ints = ("pos_ptr", "k_pos_ptr", "parts_ptr", "k_parts_ptr")
+    types = dict.fromkeys(ints, "*i32") | {"index_ptr": "*i64", "eps": "fp32"}
     types |= dict.fromkeys(("cos_ptr", "sin_ptr", "k_cos_ptr", "k_sin_ptr"), "*fp32")
     types |= dict.fromkeys(("q_partial_ptr", "k_partial_ptr"), "*fp32")
     types |= {f"{side}_{part}_ptr": "*fp32" for side in "qk" for part in ("weight", "bias")}
@@ -264,15 +266,18 @@ def aot_cases() -> list[AotCase]:
         ("open_sora_plan", 24, 96, (32, 32, 32), Norm.NONE, Pairing.HALF_PER_AXIS),
         ("width_72", 16, 72, (24, 24, 24), Norm.RMS, Pairing.INTERLEAVED),
     ]
+    given = {"cosmos", "width_72"}  # rows of the tables by an index, else from the grids
     cases = []
     for name, heads, width, axes, norm, pairing in shapes:
         weight, bias, full = norm != Norm.NONE, norm == Norm.LAYER, norm == Norm.RMS_FULL
         absent = set() if name.endswith("joint") else {"index_ptr"}
+        if name in given:
+            absent |= {"parts_ptr", "k_parts_ptr"}
         if not weight:
             absent |= {"q_weight_ptr", "k_weight_ptr"}
         common = {
-            **rope_constants(list(axes), (None, None, None)),
-            "HQ": heads, "HK": heads, "D": width, "UNIT": 8, "NUM_POS": 3,
+            **rope_constants(list(axes), (None,) * 4),
+            "HQ": heads, "HK": heads, "D": width, "UNIT": 8, "NUM_POS": 3 if name in given else 0,
             "NORM": int(norm), "PAIRING": int(pairing), "LAW": 0,
             "Q_WEIGHT": weight, "K_WEIGHT": weight,
         }  # fmt: skip

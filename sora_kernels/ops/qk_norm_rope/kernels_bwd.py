@@ -30,9 +30,10 @@ from .raw import Norm
 @triton.jit
 def qk_norm_rope_bwd_kernel(
     dyq_ptr, dyk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr,
-    cos_ptr, sin_ptr, pos_ptr, k_cos_ptr, k_sin_ptr, k_pos_ptr, index_ptr,
+    cos_ptr, sin_ptr, pos_ptr, parts_ptr, k_cos_ptr, k_sin_ptr, k_pos_ptr, k_parts_ptr, index_ptr,
     dq_ptr, dk_ptr, q_partial_ptr, k_partial_ptr,
-    first_block, n_q, n_k, dyq_len, dyk_len, q_len, k_len, rope_len, k_rope_len,
+    first_block, n_q, n_k, dyq_len, dyk_len, q_len, k_len,
+    rope_len, part_size, first, k_rope_len, k_part_size, k_first,
     dyq_stride_b, dyq_stride_t, dyq_stride_h, dyk_stride_b, dyk_stride_t, dyk_stride_h,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     eps,
@@ -52,8 +53,8 @@ def qk_norm_rope_bwd_kernel(
     block = tl.program_id(1) + first_block
     if block < q_blocks:
         _bwd_tiles(
-            dyq_ptr, q_ptr, q_weight_ptr, cos_ptr, sin_ptr, pos_ptr, index_ptr, dq_ptr,
-            q_partial_ptr, block, q_blocks, n_q, dyq_len, q_len, rope_len,
+            dyq_ptr, q_ptr, q_weight_ptr, cos_ptr, sin_ptr, pos_ptr, parts_ptr, index_ptr, dq_ptr,
+            q_partial_ptr, block, q_blocks, n_q, dyq_len, q_len, rope_len, part_size, first,
             dyq_stride_b, dyq_stride_t, dyq_stride_h, q_stride_b, q_stride_t, q_stride_h, eps,
             HQ, D, UNIT, B1, B2, B3, R2, NUM_POS, PER_HEAD, GATHER, NORM, PAIRING, LAW,
             Q_WEIGHT, DX, DW, DB, STEPS, TOKENS, HEADS, PAIRS,
@@ -61,8 +62,9 @@ def qk_norm_rope_bwd_kernel(
     else:
         k_blocks: tl.constexpr = (HK + HEADS - 1) // HEADS
         _bwd_tiles(
-            dyk_ptr, k_ptr, k_weight_ptr, k_cos_ptr, k_sin_ptr, k_pos_ptr, index_ptr, dk_ptr,
-            k_partial_ptr, block - q_blocks, k_blocks, n_k, dyk_len, k_len, k_rope_len,
+            dyk_ptr, k_ptr, k_weight_ptr, k_cos_ptr, k_sin_ptr, k_pos_ptr, k_parts_ptr, index_ptr,
+            dk_ptr, k_partial_ptr, block - q_blocks, k_blocks, n_k, dyk_len, k_len,
+            k_rope_len, k_part_size, k_first,
             dyk_stride_b, dyk_stride_t, dyk_stride_h, k_stride_b, k_stride_t, k_stride_h, eps,
             HK, D, UNIT, B1, B2, B3, R2, NUM_POS, PER_HEAD, GATHER, NORM, PAIRING, LAW,
             K_WEIGHT, DX, DW, DB, STEPS, TOKENS, HEADS, PAIRS,
@@ -71,8 +73,9 @@ def qk_norm_rope_bwd_kernel(
 
 @triton.jit
 def _bwd_tiles(
-    dy_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, pos_ptr, index_ptr, dx_ptr, partial_ptr,
-    head_block, head_blocks: tl.constexpr, n, dy_length, length, rope_len,
+    dy_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, pos_ptr, parts_ptr, index_ptr, dx_ptr,
+    partial_ptr, head_block, head_blocks: tl.constexpr, n, dy_length, length,
+    rope_len, part_size, first,
     dy_stride_b, dy_stride_t, dy_stride_h, stride_b, stride_t, stride_h, eps,
     H: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
     B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr, R2: tl.constexpr,
@@ -110,8 +113,9 @@ def _bwd_tiles(
         dy_at = dy_at[:, None, None] + (head * (dy_stride_h * UNIT))[None, :, None]
         ga, gb = load_pairs(dy_ptr, dy_at, mask, col_a, col_b, D, PAIRS, PAIRING)
         if R2 > 0:
-            cos, sin = angles(cos_ptr, sin_ptr, pos_ptr, row, token_mask, head, j, rope_len,
-                               H, B1, B2, B3, R2, NUM_POS, PER_HEAD)  # fmt: skip
+            cos, sin = angles(cos_ptr, sin_ptr, pos_ptr, parts_ptr, part_size, first, row,
+                               token_mask, head, j, rope_len, H, B1, B2, B3, R2, NUM_POS,
+                               PER_HEAD)  # fmt: skip
             cos, sin = round_at(cos, ROPE, LAW, dtype), round_at(sin, ROPE, LAW, dtype)
             ga, gb = ga * cos + gb * sin, gb * cos - ga * sin
         if NORM:
@@ -193,7 +197,7 @@ def launch_backward(
             *dys, q.x, k.x, q.weight, k.weight, *q.tables, *k.tables, index,
             *dxs, *partials,
             first, q.tokens, k.tokens, length_of(dys[0]), length_of(dys[1]), q.length, k.length,
-            q.rope_length, k.rope_length,
+            *q.rope_sizes, *k.rope_sizes,
             *(s // unit for group in groups for s in group),
             eps,
             HQ=q.heads, HK=k.heads, D=width, UNIT=unit, **rope_constants(axes, q.tables),

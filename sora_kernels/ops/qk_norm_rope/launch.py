@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ...laws import Point
 from .checks import MAX_AXES
+from .raw import TABLE_TENSORS
 
 POINTS = int(Point.XHAT | Point.AFFINE | Point.PRE_ROPE | Point.ROPE)
 
 Strides = tuple[int, int, int]
-Tables = tuple[Tensor | None, Tensor | None, Tensor | None]  # cos, sin, position_index
+SideTables = tuple[Tensor | None, ...]  # cos, sin, positions, parts: see ``raw.TABLES``
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Side:
     tokens: int  # of the pass
     weight: Tensor | None = None
     bias: Tensor | None = None
-    tables: Tables = (None, None, None)
+    tables: SideTables = (None,) * 4
+    first_token: int = 0
     y: Tensor | None = None
     dy: Tensor | None = None
     dweight: Tensor | None = None
@@ -45,13 +47,21 @@ class Side:
         return strides_of(self.x)
 
     @property
-    def rope_length(self) -> int:
-        return 1 if self.tables[2] is None else max(1, self.tables[2].shape[0])
+    def rope_sizes(self) -> tuple[int, int, int]:
+        """Tokens of the tables (at least 1: a divisor), columns of their parts, first token."""
+        _, _, positions, parts = self.tables
+        length = 1 if positions is None else max(1, positions.shape[0])
+        return length, 0 if parts is None else parts.shape[1], self.first_token
 
     @property
     def wanted(self) -> tuple[bool, bool, bool]:
         """Which of dx, dweight and dbias."""
         return self.y is not None, self.dweight is not None, self.dbias is not None
+
+
+def side_tables(tables: Any, side: int) -> tuple[SideTables, int]:
+    """The tables and the first token of q (0) or k (1)."""
+    return tables[4 * side : 4 * side + 4], tables[TABLE_TENSORS + side]
 
 
 def length_of(x: Tensor) -> int:
@@ -72,8 +82,8 @@ def unit_of(*strides: Strides) -> int:
     return gcd(16, *(s for group in strides for s in group))
 
 
-def rope_constants(axes: list[int], tables: Tables) -> dict[str, Any]:
-    cos, _, index = tables
+def rope_constants(axes: list[int], tables: SideTables) -> dict[str, Any]:
+    cos, _, positions, _ = tables
     ends = list(accumulate(size // 2 for size in axes)) or [0]
     ends += [ends[-1]] * (MAX_AXES - len(ends))
     return {
@@ -81,6 +91,6 @@ def rope_constants(axes: list[int], tables: Tables) -> dict[str, Any]:
         "B2": ends[1],
         "B3": ends[2],
         "R2": ends[3],
-        "NUM_POS": 1 if index is None else index.shape[1],
+        "NUM_POS": 0 if positions is None or positions.ndim == 1 else positions.shape[1],
         "PER_HEAD": cos is not None and cos.ndim == 3,
     }

@@ -38,6 +38,13 @@ class Pairing(IntEnum):
 LISTS = ("q", "k", "v", "q_weight", "k_weight", "q_bias", "k_bias")
 
 
+#: Tables of a call: cos, sin, positions, parts of q, then of k; then first_token of q and of k.
+#: ``positions`` is int32 ``[N, A]``, a row of cos and sin per token and axis, without ``parts``; or
+#: ``[N]``, the part of each token, whose rows follow from its grid in ``parts``
+#: (``packing.rope.GridPositions``); ``first_token`` is then where these tokens begin in the pack.
+TABLE_TENSORS, TABLES = 8, 10
+
+
 def split(flat: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
     """A flat sequence cut into lists of the given sizes."""
     result, start = [], 0
@@ -85,9 +92,10 @@ def new_gradients(
 
 _INPUTS = (
     "Tensor[] q, Tensor[] k, Tensor[] v, Tensor[] q_weight, Tensor[] k_weight, Tensor[] q_bias, "
-    "Tensor[] k_bias, Tensor[] index, SymInt tokens, Tensor? cos, Tensor? sin, "
-    "Tensor? position_index, Tensor? k_cos, Tensor? k_sin, Tensor? k_position_index, int[] axes, "
-    "int norm, float eps, int pairing, int law"
+    "Tensor[] k_bias, Tensor[] index, SymInt tokens, Tensor? cos, Tensor? sin, Tensor? positions, "
+    "Tensor? parts, Tensor? k_cos, Tensor? k_sin, Tensor? k_positions, Tensor? k_parts, "
+    "SymInt first_token, SymInt k_first_token, int[] axes, int norm, float eps, int pairing, "
+    "int law"
 )
 
 
