@@ -24,12 +24,13 @@ from torch import Tensor
 from sora_kernels import backend
 from sora_kernels.context_parallel import ring_attention, ulysses_attention
 from sora_kernels.ops.packed_attention import packed_attention
-from sora_kernels.packing import PackedLayout, Text
+from sora_kernels.packing import Grid, PackedLayout, Text
 from tests.helpers import check, randn
 
 PROCESSES = 4
 ATTENTION = {"ulysses": ulysses_attention, "ring": ring_attention}
 GROUPS = {4: [0, 1, 2, 3], 3: [1, 2, 3], 2: [2, 3]}
+PLAIN = {"fp64": "reference", "fp32": "native"}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 PACKS = {
@@ -51,6 +52,7 @@ class Case:
     causal: bool = False
     dtype: str = "fp32"
     chosen: str = "native"
+    window: tuple[int, int, int] | None = None
     mixed: bool = False  # some ranks use only out, the others only lse
 
     @property
@@ -59,7 +61,7 @@ class Case:
         causal = "causal" if self.causal else "full"
         return (
             f"{self.kind}-{self.world}-{self.pack}-h{heads}k{heads_k}-{causal}-{self.dtype}-"
-            f"{self.chosen}{'-mixed' * self.mixed}"
+            f"{self.chosen}{'-mixed' * self.mixed}{'-window' * (self.window is not None)}"
         )
 
 
@@ -81,6 +83,9 @@ def cases() -> list[Case]:
         made.append(Case("one-segment", 3, kind, (6, 3), causal))
         made.append(Case("cut-twice", 2, kind, (4, 2), causal, "bf16", "reference"))
         made.append(Case("one-segment", 4, kind, (4, 2), causal, mixed=True))
+    for world, (dtype, chosen) in itertools.product((2, 4), PLAIN.items()):
+        case = Case("tiles", world, "ulysses", (4, 2), False, dtype, chosen, (1, 3, 1))
+        made.append(case)
     # The interpreter is slow, and Ulysses calls nothing but the public function.
     made.append(Case("long-between-short", 2, "ring", (2, 1), True, "fp32", "triton"))
     return made
@@ -90,12 +95,20 @@ CASES = {case.name: case for case in cases()}
 
 
 def layout_of(case: Case) -> PackedLayout:
-    return PackedLayout([[Text(n)] for n in PACKS[case.pack]], device="cpu")
+    if case.window is None:
+        return PackedLayout([[Text(n)] for n in PACKS[case.pack]], device="cpu")
+    segments = [[Text(5), Grid(2, 8, 6)], [Grid(1, 4, 8)], [Text(3)]]
+    return PackedLayout(segments, order="tile", tile=(1, 2, 2), device="cpu")
+
+
+def options(case: Case) -> dict[str, Any]:
+    made: dict[str, Any] = {"causal": case.causal, "return_lse": True}
+    return made if case.window is None else {**made, "window": case.window}
 
 
 def inputs(case: Case) -> list[Tensor]:
     """q, k, v and the upstream gradients of out and lse^T, for the whole pack."""
-    n, (heads, heads_k), dim = sum(PACKS[case.pack]), case.heads, 16
+    n, (heads, heads_k), dim = layout_of(case).num_tokens, case.heads, 16
     dtype = DTYPES[case.dtype]
     packed = randn(n, heads + 2 * heads_k, dim, dtype=dtype)
     dout = randn(n, heads, dim, dtype=dtype, seed=1)
@@ -154,9 +167,7 @@ def run(case: Case, group: dist.ProcessGroup) -> tuple[list[Tensor], list[str]]:
     wrong: list[str] = []
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return ATTENTION[case.kind](
-            q, k, v, shard, group=group, causal=case.causal, return_lse=True
-        )
+        return ATTENTION[case.kind](q, k, v, shard, group=group, **options(case))
 
     with backend.use_backend(case.chosen):
         first = results(attention, mine, uses=uses)
@@ -207,7 +218,11 @@ def messages(group: dist.ProcessGroup) -> list[str]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=PROCESSES)
+    # One server imports PyTorch, once, and every process is a fork of it.
+    torch.multiprocessing.set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(
+        work, (str(folder),), nprocs=PROCESSES, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
@@ -221,7 +236,7 @@ def one_process(case: Case) -> tuple[list[Tensor], list[Tensor]]:
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Any:
         with backend.use_backend("reference"):
-            return packed_attention(q, k, v, layout, causal=case.causal, return_lse=True)
+            return packed_attention(q, k, v, layout, **options(case))
 
     return results(reference, [x.double() for x in tensors]), results(reference, tensors)
 
