@@ -36,6 +36,7 @@ _native_ops: set[str] = set()  # ops whose CPU kernel the loaded C++ library pro
 _calls: dict[tuple[str, str], Callable[..., Any]] = {}  # raw ops past their guards
 _override: str | None = None
 _decisions: dict[tuple[str, str], tuple[str, str]] = {}  # (op, device) -> (backend, reason)
+_settled: dict[tuple[str, bool, torch.dtype], str] = {}  # calls that take the device's fast path
 
 HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
 
@@ -185,6 +186,11 @@ def choose(op: str, tensor: Tensor) -> str:
     Raises:
         ValueError: :func:`use_backend` forces a backend that cannot run here.
     """
+    compiling = torch.compiler.is_compiling()
+    if _override is None and not compiling:
+        settled = _settled.get((op, tensor.is_cuda, tensor.dtype))
+        if settled is not None and (tensor.is_cuda or tensor.is_cpu):
+            return settled
     # a device's type is a new string each time, slower than all the rest of this function
     device = "cuda" if tensor.is_cuda else "cpu" if tensor.is_cpu else tensor.device.type
     if _override is not None:
@@ -194,8 +200,10 @@ def choose(op: str, tensor: Tensor) -> str:
         return _override
     fast = "triton" if device == "cuda" else "native"
     reason = _unavailable(fast, op, device, tensor.dtype)
-    if not torch.compiler.is_compiling():
+    if not compiling:
         _record(op, device, fast if reason is None else "reference", reason)
+        if reason is None and device in ("cpu", "cuda"):
+            _settled[op, tensor.is_cuda, tensor.dtype] = fast
     return fast if reason is None else "reference"
 
 

@@ -49,7 +49,8 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 def as_tokens(x: Tensor) -> Tensor:
     """``[N, D]`` or ``[B, ..., D]`` as ``[B, L, D]``; a view whenever strides allow one."""
-    x = unit_stride(x)
+    if x.stride(-1) != 1:
+        x = unit_stride(x)
     if x.dim() == 2:
         return x.unsqueeze(0)
     return x if x.dim() == 3 else unit_stride(x.flatten(1, -2))
@@ -79,7 +80,22 @@ def resolve_rows(x: Tensor, rows: RowMap | None, per: str | None) -> tuple[RowMa
     if per == "token":
         return RowMap.uniform(tokens, 1), tuple(x.shape[:-1])
     batch = x.shape[0] if x.dim() > 2 else 1
-    return RowMap.uniform(batch, tokens // max(batch, 1)), (batch,)
+    return _uniform(batch, tokens // max(batch, 1)), (batch,)
+
+
+_uniform_maps: dict[tuple[int, int], RowMap] = {}
+
+
+def _uniform(num_rows: int, tokens_per_row: int) -> RowMap:
+    """`RowMap.uniform`, remembered: making one takes as long as all checks of a call together."""
+    if torch.compiler.is_compiling():  # the numbers may be symbols
+        return RowMap.uniform(num_rows, tokens_per_row)
+    found = _uniform_maps.get((num_rows, tokens_per_row))
+    if found is None:
+        if len(_uniform_maps) >= 4096:
+            _uniform_maps.clear()
+        found = _uniform_maps[num_rows, tokens_per_row] = RowMap.uniform(num_rows, tokens_per_row)
+    return found
 
 
 def frame_rows(x: Tensor, modulations: dict[str, Tensor | None]) -> tuple[RowMap, tuple[int, ...]]:
@@ -117,7 +133,8 @@ def modulation_rows(
                 raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
             if len(expected) != 2:
                 tensor = tensor.reshape(row_map.num_rows, expected[-1])
-            tensor = unit_stride(tensor)
+            if tensor.stride(-1) != 1:
+                tensor = unit_stride(tensor)
         checked[name] = tensor
     return row_map, checked
 
@@ -146,8 +163,9 @@ def check_branch(y: Tensor, name: str, x: Tensor) -> None:
     """A branch output added to the residual stream ``x``: its shape; its dtype unless x is fp32."""
     if not isinstance(y, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(y).__name__}")
-    halves = (torch.bfloat16, torch.float16)
-    if y.dtype != x.dtype and not (x.dtype is torch.float32 and y.dtype in halves):
+    if y.dtype != x.dtype and not (
+        x.dtype is torch.float32 and y.dtype in (torch.bfloat16, torch.float16)
+    ):
         expected = f"{x.dtype}" + (" or a half precision" if x.dtype is torch.float32 else "")
         raise TypeError(f"{name}: expected {expected} (x is {x.dtype}), got {y.dtype}")
     if y.shape != x.shape:

@@ -78,15 +78,16 @@ def gate_residual(
     """
     check_tokens(x)
     check_branch(y, "y", x)
-    width = x.shape[-1]
     if norm not in NORMS:
         raise ValueError(f'norm: expected None, "rms" or "layer", got {norm!r}')
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
-    check_vector(weight, "weight", width, x.device)
-    if weight is not None and norm is None:
-        raise ValueError("weight: expected None without norm=")
-    check_vector(gate_table, "gate_table", width, x.device)
+    if weight is not None:
+        check_vector(weight, "weight", x.shape[-1], x.device)
+        if norm is None:
+            raise ValueError("weight: expected None without norm=")
+    if gate_table is not None:
+        check_vector(gate_table, "gate_table", x.shape[-1], x.device)
     if gate is None and (gate_table is not None or tanh):
         name = "gate_table" if gate_table is not None else "tanh"
         raise ValueError(f"{name}: expected gate beside it")

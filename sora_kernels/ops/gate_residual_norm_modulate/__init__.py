@@ -107,8 +107,10 @@ def gate_residual_norm_modulate(
     out_dtype = y.dtype if out_dtype is None else out_dtype
     if out_dtype not in (x.dtype, y.dtype):
         raise ValueError(f"out_dtype: expected {y.dtype} or {x.dtype}, got {out_dtype}")
-    check_vector(weight, "weight", width, x.device)
-    check_vector(bias, "bias", width, x.device)
+    if weight is not None:
+        check_vector(weight, "weight", width, x.device)
+    if bias is not None:
+        check_vector(bias, "bias", width, x.device)
     for name, table, of in (
         ("gate", gate_table, gate),
         ("shift", shift_table, shift),
@@ -118,13 +120,14 @@ def gate_residual_norm_modulate(
             check_vector(table, f"{name}_table", width, x.device)
             if of is None:
                 raise ValueError(f"{name}_table: expected {name} beside it")
-    row_map, mods = modulation_rows(
-        x, rows, per, {"gate": gate, "gate2": gate2, "shift": shift, "scale": scale}
-    )
+    named = {"gate": gate, "shift": shift, "scale": scale}
+    if gate2 is not None:
+        named["gate2"] = gate2
+    row_map, mods = modulation_rows(x, rows, per, named)
     options = (row_map, norm == "rms", float(eps), resolve(law), out_dtype)
     tensors = (
         mods["gate"],
-        mods["gate2"],
+        mods.get("gate2"),
         weight,
         bias,
         mods["shift"],

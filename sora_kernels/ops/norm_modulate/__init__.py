@@ -82,8 +82,10 @@ def norm_modulate(
         raise ValueError(f'norm: expected "layer" or "rms", got {norm!r}')
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
-    check_vector(weight, "weight", width, x.device)
-    check_vector(bias, "bias", width, x.device)
+    if weight is not None:
+        check_vector(weight, "weight", width, x.device)
+    if bias is not None:
+        check_vector(bias, "bias", width, x.device)
     two = shift2 is not None or scale2 is not None
     for name, table, of in (("shift", shift_table, shift), ("scale", scale_table, scale)):
         if table is not None:
@@ -92,9 +94,10 @@ def norm_modulate(
                 raise ValueError(
                     f"{name}_table: expected {name} beside it and no second modulation"
                 )
-    row_map, mods = modulation_rows(
-        x, rows, per, {"shift": shift, "scale": scale, "shift2": shift2, "scale2": scale2}
-    )
+    named = {"shift": shift, "scale": scale}
+    if two:
+        named |= {"shift2": shift2, "scale2": scale2}
+    row_map, mods = modulation_rows(x, rows, per, named)
     options = (
         row_map,
         norm == "rms",
@@ -109,8 +112,8 @@ def norm_modulate(
         mods["scale"],
         shift_table,
         scale_table,
-        mods["shift2"],
-        mods["scale2"],
+        mods.get("shift2"),
+        mods.get("scale2"),
     )
     chosen = choose(OP, x)
     outputs: Any
