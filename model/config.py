@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from sora_kernels.packing import Window
+
 T = TypeVar("T")
 Weights = tuple[tuple[Any, float], ...]
 
@@ -145,6 +147,9 @@ class DiTConfig:
     rope_theta: base of the rotary frequencies; small grids want a small one.
     vocabulary: word numbers, "no prompt" included.
     base_tokens: grid tokens of the clip at which the time shift is 1 (see ``model.flow``).
+    window: (t, h, w) tiles that a patch sees, odd or None for a whole axis; None = its whole clip.
+        Words and given frames see and are seen by everything.
+    tile: patches in a tile; None = chosen for each grid (``sora_kernels.packing.tile_shape``).
     """
 
     width: int
@@ -158,6 +163,8 @@ class DiTConfig:
     vocabulary: int = 1
     max_words: int = 48
     base_tokens: int = 256
+    window: tuple[int | None, int | None, int | None] | None = None
+    tile: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "channels", "vocabulary", "max_words"):
@@ -170,6 +177,17 @@ class DiTConfig:
                 f"rope_axes: expected even numbers that add up to {self.head_dim}, "
                 f"got {self.rope_axes}"
             )
+        if self.window is not None:
+            Window(self.window)  # raises for what is no window
+        elif self.tile is not None:
+            raise ValueError(f"tile: expected None without a window, got {self.tile}")
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What a ``PackedLayout`` of this model's clips takes."""
+        if self.window is None:
+            return {"patch": self.patch}
+        return {"patch": self.patch, "order": "tile", "tile": self.tile}
 
     @property
     def head_dim(self) -> int:
@@ -186,6 +204,8 @@ DITS: dict[str, DiTConfig] = {
     "L": DiTConfig(1024, 24, 16),
     "XL": DiTConfig(1152, 28, 16, rope_axes=(24, 24, 24)),
 }
+# Tiles of 2x2 patches, and each patch sees 3x3 of them in its own and in the neighbouring frames.
+DITS["tiny-window"] = dataclasses.replace(DITS["tiny"], window=(3, 3, 3), tile=(1, 2, 2))
 
 
 @dataclass(frozen=True)
@@ -250,3 +270,4 @@ TRAININGS: dict[str, TrainConfig] = {
         seed=2,
     ),
 }
+TRAININGS["tiny-window"] = dataclasses.replace(TRAININGS["tiny"], dit="tiny-window")

@@ -176,7 +176,7 @@ def make_batch(
             inputs.append(x0 if part.given else interpolate(x0, noise, float(times[number])))
             wanted.append(None if part.given else noise - x0)
             owners.append(number)
-    layout = PackedLayout(segments, patch=dit.patch)
+    layout = PackedLayout(segments, **dit.layout)
     return Batch(layout, torch.tensor(words), times, inputs, wanted, owners)
 
 

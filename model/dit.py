@@ -47,7 +47,7 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width, hidden = config.width, int(config.width * config.mlp_ratio)
-        self.heads, self.head_dim = config.heads, config.head_dim
+        self.heads, self.head_dim, self.window = config.heads, config.head_dim, config.window
         self.rows = nn.Linear(width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
         self.q_weight = nn.Parameter(torch.ones(config.head_dim))
@@ -86,7 +86,7 @@ class Block(nn.Module):
         x, h = adaln_attention(
             x, (shift1, scale1, gate1), self.qkv, self.out, layout, rope,
             heads=self.heads, q_weight=self.q_weight, k_weight=self.k_weight,
-            normed=h, next_modulation=(shift2, scale2), **halves,
+            normed=h, next_modulation=(shift2, scale2), window=self.window, **halves,
         )  # fmt: skip
         x, h = adaln_mlp(
             x, (shift2, scale2, gate2), self.up, self.mlp_out,
@@ -180,7 +180,7 @@ class DiT(nn.Module):
         Args:
             latents: one [C, T, H, W] per grid part, in packed order; given parts clean, targets at
                 their time.
-            layout: the parts of every segment, with the config's patch.
+            layout: the parts of every segment, made with ``config.layout``.
             words: int64, the numbers of all text tokens in packed order.
             times: fp32 [segments], the time of each segment's targets, or `Rows` for any other
                 assignment (a row per frame, per token, ...).

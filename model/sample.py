@@ -99,7 +99,7 @@ def guided(model: DiT, requests: Sequence[Request], guidance: float) -> Velocity
     if twice:
         segments += [segment_of(request, patch, words=1) for request in requests]
         words += [NO_PROMPT] * len(requests)
-    layout = PackedLayout(segments, patch=patch, device=device)
+    layout = PackedLayout(segments, **model.config.layout, device=device)
     numbers = torch.tensor(words, device=device)
 
     def velocity(parts: list[Tensor], times: Tensor) -> list[Tensor]:
