@@ -7,7 +7,7 @@
 
 namespace sora {
 
-constexpr int64_t kRasterColumns = 7, kTileColumns = 11;
+constexpr int64_t kRasterPart = 7, kTilePart = 11;  // values of a part
 
 struct GridPart {
   int32_t start;       // first token, in the pack
@@ -19,11 +19,11 @@ struct GridPart {
 
 struct GridTable {
   const int32_t* part_of_token = nullptr;
-  const int32_t* parts = nullptr;  // [parts, columns]
-  int64_t columns = 0;
+  const int32_t* parts = nullptr;  // [parts, part_size]
+  int64_t part_size = 0;
   int64_t first_token = 0;  // of the pack, that token 0 of part_of_token is
 
-  bool tiled() const { return columns == kTileColumns; }
+  bool tiled() const { return part_size == kTilePart; }
 };
 
 }  // namespace sora
@@ -71,7 +71,7 @@ class GridWalk {
   const int32_t* rows(int64_t n) {
     if (n == now_) return rows_;
     const GridPart* part = reinterpret_cast<const GridPart*>(
-        table_.parts + table_.part_of_token[n] * table_.columns);
+        table_.parts + table_.part_of_token[n] * table_.part_size);
     if (n == now_ + 1 && part == part_) next();
     else enter(part, n);
     now_ = n;

@@ -52,7 +52,7 @@ struct Inputs {
   const List &q, &k, &v, &q_weight, &k_weight, &q_bias, &k_bias, &index;
   int64_t tokens;
   const Optional* tables;  // cos, sin, positions, parts of q, then of k
-  const int64_t* first_token;  // of q, of k
+  const int64_t* places;   // part_size and first_token of q, then of k
   const std::vector<int64_t>& axes;
   int64_t norm;
   double eps;
@@ -76,15 +76,17 @@ struct Inputs {
 
 // The grids that a side's positions follow from. Their values are looked at, as those of `index`
 // are: a wrong one would read outside of the tables.
-GridTable grids_of(const Tensor& part_of_token, const Tensor& parts, int64_t first, int64_t rows) {
-  GridTable grids{ints_of(part_of_token, "part_of_token"), ints_of(parts, "parts"), 0, first};
-  STD_TORCH_CHECK(parts.dim() == 2 && (parts.size(1) == kRasterColumns || parts.size(1) == kTileColumns),
-                  "sora_kernels: parts: expected [P, 7] or [P, 11]");
-  grids.columns = parts.size(1);
-  const int64_t count = parts.size(0);
+GridTable grids_of(const Tensor& part_of_token, const Tensor& parts, const int64_t* place,
+                   int64_t rows) {
+  const GridTable grids{ints_of(part_of_token, "part_of_token"), ints_of(parts, "parts"), place[0],
+                        place[1]};
+  STD_TORCH_CHECK((grids.part_size == kRasterPart || grids.part_size == kTilePart) &&
+                      parts.numel() % grids.part_size == 0,
+                  "sora_kernels: parts: expected 7 or 11 values for each part");
+  const int64_t count = parts.numel() / grids.part_size;
   bool good = true;
   for (int64_t i = 0; i < count; ++i) {
-    const GridPart& p = *reinterpret_cast<const GridPart*>(grids.parts + i * grids.columns);
+    const GridPart& p = *reinterpret_cast<const GridPart*>(grids.parts + i * grids.part_size);
     good = good && p.last >= 0 && p.h > 0 && p.w > 0;
     if (!good) break;
     const int64_t size[] = {p.last / (int64_t{p.h} * p.w) + 1, p.h, p.w};
@@ -132,12 +134,13 @@ void fill_tables(QkNormRope& a, const Inputs& in) {
                         (parts || positions->size(1) == a.num_positions) &&
                         (side.rope_tokens > 0 || side.tokens == 0),
                     "sora_kernels: positions: expected one row per token, alike for q and k");
-    if (parts) side.grids = grids_of(*positions, *parts, in.first_token[s], cos.size(0));
+    if (parts) side.grids = grids_of(*positions, *parts, in.places + 2 * s, cos.size(0));
     else side.position_index = ints_of(positions, "positions");
   }
   const QkSide &q = a.side[0], &k = a.side[1];
   a.same_tables = q.cos == k.cos && q.sin == k.sin && q.position_index == k.position_index &&
                   q.grids.part_of_token == k.grids.part_of_token && q.grids.parts == k.grids.parts &&
+                  q.grids.part_size == k.grids.part_size &&
                   q.grids.first_token == k.grids.first_token && q.rope_tokens == k.rope_tokens;
 }
 
@@ -207,12 +210,12 @@ void copy_rows(const Tensor& from, Tensor& to, const Tensor& index, bool gather)
 std::tuple<Tensor, Tensor, Tensor> forward(
     List q, List k, List v, List q_weight, List k_weight, List q_bias, List k_bias, List index,
     int64_t tokens, Optional cos, Optional sin, Optional positions, Optional parts, Optional k_cos,
-    Optional k_sin, Optional k_positions, Optional k_parts, int64_t first_token,
-    int64_t k_first_token, std::vector<int64_t> axes, int64_t norm, double eps, int64_t pairing,
-    int64_t law) {
+    Optional k_sin, Optional k_positions, Optional k_parts, int64_t part_size,
+    int64_t first_token, int64_t k_part_size, int64_t k_first_token, std::vector<int64_t> axes,
+    int64_t norm, double eps, int64_t pairing, int64_t law) {
   const Optional tables[] = {cos, sin, positions, parts, k_cos, k_sin, k_positions, k_parts};
-  const int64_t first[] = {first_token, k_first_token};
-  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tokens, tables, first, axes,
+  const int64_t places[] = {part_size, first_token, k_part_size, k_first_token};
+  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tokens, tables, places, axes,
                   norm, eps, pairing, law};
   in.check();
   const auto output = [&](const List& x) {
@@ -282,12 +285,12 @@ void backward_pass(QkNormRope& a, const Optional* dy, const int64_t* expected, T
 List backward(Optional dyq, Optional dyk, Optional dyv, List q, List k, List v, List q_weight,
               List k_weight, List q_bias, List k_bias, List index, int64_t tokens, Optional cos,
               Optional sin, Optional positions, Optional parts, Optional k_cos, Optional k_sin,
-              Optional k_positions, Optional k_parts, int64_t first_token, int64_t k_first_token,
-              std::vector<int64_t> axes, int64_t norm, double eps, int64_t pairing, int64_t law,
-              std::vector<int64_t> needs) {
+              Optional k_positions, Optional k_parts, int64_t part_size, int64_t first_token,
+              int64_t k_part_size, int64_t k_first_token, std::vector<int64_t> axes, int64_t norm,
+              double eps, int64_t pairing, int64_t law, std::vector<int64_t> needs) {
   const Optional tables[] = {cos, sin, positions, parts, k_cos, k_sin, k_positions, k_parts};
-  const int64_t first[] = {first_token, k_first_token};
-  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tokens, tables, first, axes,
+  const int64_t places[] = {part_size, first_token, k_part_size, k_first_token};
+  const Inputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tokens, tables, places, axes,
                   norm, eps, pairing, law};
   in.check();
   const List* lists[] = {&q, &k, &v, &q_weight, &k_weight, &q_bias, &k_bias};

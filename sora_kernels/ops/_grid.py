@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..packing.rope import POSITION_COLUMNS
 
-RASTER_COLUMNS = tl.constexpr(len(POSITION_COLUMNS))
+RASTER_PART = tl.constexpr(len(POSITION_COLUMNS))
 
 
 @triton.jit
@@ -55,20 +55,21 @@ def _column(part_ptr, column, mask):
 
 
 @triton.jit
-def position_rows(part_of_token_ptr, parts_ptr, columns, first_token, token, mask):
+def position_rows(part_of_token_ptr, parts_ptr, part_size, first_token, token, mask):
     """Rows (t, h, w) of the rotary tables that each token takes, int32.
 
-    ``token`` counts from ``first_token`` of the pack. ``columns`` of a part are 7 in raster order,
-    11 in tile order; offsets are clamped to the part, so that no row outside the tables is read.
+    ``token`` counts from ``first_token`` of the pack. ``part_size`` is 7 in raster order and 11 in
+    tile order. Offsets are clamped to the part, so that no row outside the tables is read.
     """
     part = tl.load(part_of_token_ptr + token, mask=mask, other=0)
-    part_ptr = parts_ptr + part * columns
+    part_ptr = parts_ptr + part * part_size
     start = tl.load(part_ptr, mask=mask, other=0)
-    offset = tl.maximum(token.to(tl.int32) + first_token - start, 0).to(tl.uint32)
-    offset = tl.minimum(offset, _column(part_ptr, 1, mask))
+    last = tl.load(part_ptr + 1, mask=mask, other=0)
+    offset = tl.minimum(tl.maximum(token.to(tl.int32) + first_token - start, 0), last)
+    offset = offset.to(tl.uint32)
     h = _column(part_ptr, 2, mask)
     w = _column(part_ptr, 3, mask)
-    if columns > RASTER_COLUMNS:
+    if part_size > RASTER_PART:
         t = _column(part_ptr, 7, mask)
         tile_t = _column(part_ptr, 8, mask)
         tile_h = _column(part_ptr, 9, mask)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .parts import Grid, Order, Part, Text, Triple, as_int
+from .rope import POSITION_COLUMNS, TILE_COLUMNS
 from .tiles import QUERY_BLOCK, tile_efficiency, tile_order, tile_shape
 from .windows import SegmentGrid, Side, Window, chunks
 
@@ -214,14 +215,18 @@ class HostPack:
             ]
         )
 
+    @property
+    def position_columns(self) -> int:
+        return len(POSITION_COLUMNS) + (len(TILE_COLUMNS) if self.order == "tile" else 0)
+
     def position_table(self) -> Int32Array:
         """`GridPositions.parts`: what gives the table rows of each token."""
         tiled = self.order == "tile"
-        table = np.ones((len(self.parts), 11 if tiled else 7), np.int32)
-        table[:, 0] = self.part_starts[:-1]
+        table = np.ones((len(self.parts) + 1, self.position_columns), np.int32)
+        table[:, 0] = self.part_starts
         table[:, 1], table[:, 4:7] = 0, 0
         runs = self.position_runs
-        for row, part in zip(table, self.parts, strict=True):
+        for row, part in zip(table, self.parts, strict=False):
             if isinstance(part, Grid):
                 row[1:4] = part.num_tokens - 1, part.h, part.w
                 row[4:7] = [runs[key][0] for key in zip(part.origin, part.scale, strict=True)]

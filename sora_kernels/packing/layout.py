@@ -186,7 +186,9 @@ class PackedLayout:
         self.part_rows = RowMap(
             host.num_tokens, self.num_parts, 0, self.part_of_token, None, self.part_starts
         )
-        self._positions = GridPositions(self.part_of_token, tensors["position_table"])
+        self._positions = GridPositions(
+            self.part_of_token, tensors["position_table"].view(-1), host.position_columns
+        )
         self._ropes: dict[Hashable, Rope] = {}
         self._work: dict[int, Tensor] = {}
         self._window_table = tensors.get("window_table")

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .parts import as_int
 
@@ -41,41 +42,43 @@ class GridPositions:
 
     Attributes:
         part_of_token: int32 `[N]`, the layout's own.
-        parts: int32 `[parts, 7]` in raster order, `[parts, 11]` in tile order: `POSITION_COLUMNS`
-            and `TILE_COLUMNS`.
+        parts: int32, `part_size` values for each part: `POSITION_COLUMNS`, and in tile order
+            `TILE_COLUMNS`. The last part holds no token: padding takes it. Not a matrix, because
+            torch.compile ties small sizes that happen to be equal (heads, the 3 of a packed QKV)
+            to each other and compiles again when they differ.
+        part_size: 7 in raster order, 11 in tile order.
         first_token: where a slice begins.
     """
 
     part_of_token: Tensor
     parts: Tensor
+    part_size: int
     first_token: int = 0
 
     def rows(self) -> Tensor:
         """The row of each token on each axis, int32 `[N, 3]`."""
-        part = self.parts.index_select(0, self.part_of_token)
+        part = self.parts.view(-1, self.part_size).index_select(0, self.part_of_token)
         start, last, h, w = part[:, :4].unbind(1)
         token = torch.arange(len(part), dtype=torch.int32, device=part.device) + self.first_token
         offset = torch.minimum((token - start).clamp_(min=0), last)
-        tiled = part.shape[1] > len(POSITION_COLUMNS)
+        tiled = self.part_size > len(POSITION_COLUMNS)
         size, tile = ((part[:, 7], h, w), part[:, 8:].unbind(1)) if tiled else ((None, h, w), None)
         return part[:, 4:7] + token_coordinates(offset, size, tile)
 
     def slice(self, start: int, stop: int) -> GridPositions:
-        first = self.first_token + start
-        return GridPositions(self.part_of_token[start:stop], self.parts, first)
+        part_of_token, first = self.part_of_token[start:stop], self.first_token + start
+        return replace(self, part_of_token=part_of_token, first_token=first)
 
-    def padded(self, before: int, after: int, row: int) -> GridPositions:
-        """With tokens around them that take `row` on every axis: a part more."""
-        new = self.parts.new_ones(1, self.parts.shape[1])
-        new[0, :2], new[0, 4:7] = 0, row
-        number = len(self.parts)
-        around = [self.part_of_token.new_full((n,), number) for n in (before, after)]
-        part_of_token = torch.cat((around[0], self.part_of_token, around[1]))
-        return GridPositions(part_of_token, torch.cat((self.parts, new)), self.first_token - before)
+    def padded(self, before: int, after: int) -> GridPositions:
+        still = len(self.parts) // self.part_size - 1
+        part_of_token = functional.pad(self.part_of_token, (before, after), value=still)
+        return replace(self, part_of_token=part_of_token, first_token=self.first_token - before)
 
     def to(self, device: torch.device | str) -> GridPositions:
-        tensors = (x.to(device, non_blocking=True) for x in (self.part_of_token, self.parts))
-        return GridPositions(*tensors, self.first_token)
+        part_of_token, parts = (
+            x.to(device, non_blocking=True) for x in (self.part_of_token, self.parts)
+        )
+        return replace(self, part_of_token=part_of_token, parts=parts)
 
 
 def token_coordinates(
@@ -159,12 +162,12 @@ class Rope:
 
     def padded(self, before: int = 0, after: int = 0) -> Rope:
         """Tokens that are not turned (text, padding) around these: angle 0 on every axis."""
+        before, after = as_int("before", before, 0), as_int("after", after, 0)
+        if isinstance(self.positions, GridPositions):
+            return Rope(self.cos, self.sin, self.positions.padded(before, after), self.axes)
         still = [torch.full_like(t[:1], value) for t, value in ((self.cos, 1.0), (self.sin, 0.0))]
         cos, sin = torch.cat((self.cos, still[0])), torch.cat((self.sin, still[1]))
-        before, after, row = as_int("before", before, 0), as_int("after", after, 0), len(self.cos)
-        if isinstance(self.positions, GridPositions):
-            return Rope(cos, sin, self.positions.padded(before, after, row), self.axes)
-        index = torch.nn.functional.pad(self.positions, (0, 0, before, after), value=row)
+        index = functional.pad(self.positions, (0, 0, before, after), value=len(self.cos))
         return Rope(cos, sin, index, self.axes)
 
     @property

@@ -432,7 +432,19 @@ def raw_arguments(norm: int = 1, rope: bool = True) -> tuple[Any, ...]:
     tables: tuple[Any, ...] = (None,) * 4
     if rope:
         tables = (table.cos, table.sin, table.positions.part_of_token, table.positions.parts)
-    return (*lists, [], 0, *tables, *tables, 0, 0, [4, 2, 2] if rope else [], norm, 1e-6, 0, 0)
+    return (
+        *lists,
+        [],
+        0,
+        *tables,
+        *tables,
+        *(7, 0) * 2,
+        [4, 2, 2] if rope else [],
+        norm,
+        1e-6,
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize(

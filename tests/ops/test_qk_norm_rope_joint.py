@@ -313,7 +313,8 @@ def test_opcheck_of_streams() -> None:
     tables = (rope.cos, rope.sin, rope.position_index, None)
     index = [layout.text_tokens, layout.grid_tokens]
     arguments = (
-        *lists, [], [], index, layout.num_tokens, *tables, *tables, 0, 0, [4, 2, 2], 1, 1e-6, 0, 0,
+        *lists, [], [], index, layout.num_tokens, *tables, *tables, *[0] * 4, [4, 2, 2],
+        1, 1e-6, 0, 0,
     )  # fmt: skip
     ops = torch.ops.sora_kernels
     torch.library.opcheck(ops.qk_norm_rope_fwd.default, arguments)

@@ -212,27 +212,27 @@ def _tables(
     if rope is None:
         if k_rope is not None:
             raise ValueError("k_rope: expected None without rope, got tables")
-        return [None] * TABLE_TENSORS + [0, 0]
+        return [None] * TABLE_TENSORS + [0] * 4
     checks.check_rope("rope", rope, q, q_outer)
     if k_rope is None:
         checks.check_heads("rope", rope.cos, k)
-        tables, first = _side(rope)
-        return [*tables, *tables, first, first]
+        tables, place = _side(rope)
+        return [*tables, *tables, *place, *place]
     checks.check_rope("k_rope", k_rope, k, k_outer)
     checks.check_k_rope(k_rope, rope)
-    tables, first = _side(rope)
-    k_tables, k_first = _side(k_rope)
+    tables, place = _side(rope)
+    k_tables, k_place = _side(k_rope)
     if (tables[3] is None) != (k_tables[3] is None):  # one kernel turns both: index them both
         tables, k_tables = ([r.cos, r.sin, r.position_index, None] for r in (rope, k_rope))
-    return [*tables, *k_tables, first, k_first]
+    return [*tables, *k_tables, *place, *k_place]
 
 
-def _side(rope: Rope) -> tuple[list[Tensor | None], int]:
-    """Tables of q or k, and the token of the pack that its first one is."""
-    positions = rope.positions
-    if isinstance(positions, Tensor):
-        return [rope.cos, rope.sin, positions, None], 0
-    return [rope.cos, rope.sin, positions.part_of_token, positions.parts], positions.first_token
+def _side(rope: Rope) -> tuple[list[Tensor | None], tuple[int, int]]:
+    """Tables of q or k; part_size and first_token."""
+    at = rope.positions
+    if isinstance(at, Tensor):
+        return [rope.cos, rope.sin, at, None], (0, 0)
+    return [rope.cos, rope.sin, at.part_of_token, at.parts], (at.part_size, at.first_token)
 
 
 def _run(

@@ -155,10 +155,10 @@ def check_parts(name: str, positions: GridPositions, axes: Sequence[int]) -> Non
     index, parts = positions.part_of_token, positions.parts
     if len(axes) != 3:
         raise ValueError(f"{name}.axes: expected three with positions of a layout, got {axes}")
-    if index.ndim != 1 or parts.ndim != 2 or parts.shape[1] not in (7, 11):
+    if index.ndim != 1 or parts.ndim != 1 or positions.part_size not in (7, 11):
         raise ValueError(
-            f"{name}.positions: expected part_of_token [N] and parts [P, 7] or [P, 11], "
-            f"got {tuple(index.shape)} and {tuple(parts.shape)}"
+            f"{name}.positions: expected part_of_token [N], flat parts and part_size 7 or 11, "
+            f"got {tuple(index.shape)}, {tuple(parts.shape)} and {positions.part_size}"
         )
     if parts.dtype != torch.int32 or not parts.is_contiguous() or parts.device != index.device:
         raise TypeError(

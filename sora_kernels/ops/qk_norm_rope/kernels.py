@@ -188,7 +188,7 @@ def forward(
     q: Lists, k: Lists, v: Lists, q_weight: Lists, k_weight: Lists, q_bias: Lists, k_bias: Lists,
     index: Lists, tokens: int, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``rest``: eight tables and two first tokens, axes, norm, eps, pairing, law."""
+    """``rest``: the tables (``raw.TABLES``), axes, norm, eps, pairing, law."""
     yq, yk, yv = new_outputs(q, k, v, tokens)
     tables, options = rest[:TABLES], rest[TABLES:]
     parameters = (q_weight, k_weight, q_bias, k_bias)

@@ -28,6 +28,7 @@ class Side:
     weight: Tensor | None = None
     bias: Tensor | None = None
     tables: SideTables = (None,) * 4
+    part_size: int = 0
     first_token: int = 0
     y: Tensor | None = None
     dy: Tensor | None = None
@@ -48,10 +49,10 @@ class Side:
 
     @property
     def rope_sizes(self) -> tuple[int, int, int]:
-        """Tokens of the tables (at least 1: a divisor), columns of their parts, first token."""
-        _, _, positions, parts = self.tables
+        """Tokens of the tables (at least 1: a divisor), values of a part, first token."""
+        positions = self.tables[2]
         length = 1 if positions is None else max(1, positions.shape[0])
-        return length, 0 if parts is None else parts.shape[1], self.first_token
+        return length, self.part_size, self.first_token
 
     @property
     def wanted(self) -> tuple[bool, bool, bool]:
@@ -59,9 +60,10 @@ class Side:
         return self.y is not None, self.dweight is not None, self.dbias is not None
 
 
-def side_tables(tables: Any, side: int) -> tuple[SideTables, int]:
-    """The tables and the first token of q (0) or k (1)."""
-    return tables[4 * side : 4 * side + 4], tables[TABLE_TENSORS + side]
+def side_tables(tables: Any, side: int) -> tuple[SideTables, int, int]:
+    """The tables, part_size and first_token of q (0) or k (1)."""
+    at = TABLE_TENSORS + 2 * side
+    return tables[4 * side : 4 * side + 4], tables[at], tables[at + 1]
 
 
 def length_of(x: Tensor) -> int:

@@ -38,11 +38,11 @@ class Pairing(IntEnum):
 LISTS = ("q", "k", "v", "q_weight", "k_weight", "q_bias", "k_bias")
 
 
-#: Tables of a call: cos, sin, positions, parts of q, then of k; then first_token of q and of k.
-#: ``positions`` is int32 ``[N, A]``, a row of cos and sin per token and axis, without ``parts``; or
-#: ``[N]``, the part of each token, whose rows follow from its grid in ``parts``
-#: (``packing.rope.GridPositions``); ``first_token`` is then where these tokens begin in the pack.
-TABLE_TENSORS, TABLES = 8, 10
+#: Tables of a call: cos, sin, positions, parts of q, then of k; then part_size and first_token of q
+#: and of k. ``positions`` is int32 ``[N, A]``, a row of cos and sin per token and axis, without
+#: ``parts``; or ``[N]``, the part of each token, whose rows follow from its grid in ``parts``:
+#: ``packing.rope.GridPositions`` says what the last three are.
+TABLE_TENSORS, TABLES = 8, 12
 
 
 def split(flat: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
@@ -94,8 +94,8 @@ _INPUTS = (
     "Tensor[] q, Tensor[] k, Tensor[] v, Tensor[] q_weight, Tensor[] k_weight, Tensor[] q_bias, "
     "Tensor[] k_bias, Tensor[] index, SymInt tokens, Tensor? cos, Tensor? sin, Tensor? positions, "
     "Tensor? parts, Tensor? k_cos, Tensor? k_sin, Tensor? k_positions, Tensor? k_parts, "
-    "SymInt first_token, SymInt k_first_token, int[] axes, int norm, float eps, int pairing, "
-    "int law"
+    "int part_size, SymInt first_token, int k_part_size, SymInt k_first_token, int[] axes, "
+    "int norm, float eps, int pairing, int law"
 )
 
 
