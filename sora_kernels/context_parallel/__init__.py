@@ -12,8 +12,9 @@ Norms, modulation, RoPE and MLPs run on the slice alone, and attention is one of
 - :func:`ulysses_attention` gathers the tokens and scatters the heads, and runs `packed_attention`
   on the whole pack. Any option of `packed_attention` works; the heads limit the number of ranks.
 - :func:`ring_attention` leaves queries and heads where they are. Keys and values visit the ranks
-  that need them. Any number of ranks; memory is that of the slice and two visiting slices.
+  that need them. Any number of heads and ranks; memory grows with the slice, not with the pack.
 
+Keep the shard for all layers of a model: it caches the plan of the ring and the RoPE tables.
 Both give what one process would, forward and backward, and the same bits in every run. They are
 collective: every rank of the group calls them in the same order, with the same options and with
 ``requires_grad`` on the same arguments, and runs the backward if one rank does. The gradients of
