@@ -90,7 +90,11 @@ def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
 
 
+def chip_of(q: Tensor) -> tuple[int, int] | None:
+    """Compute capability of the chip that ``q`` lies on; None = the interpreter."""
+    return _capability(q.device.index) if q.device.type == "cuda" else None
+
+
 def config_for(q: Tensor) -> Config:
     """The launches for queries like ``q`` on the chip they lie on."""
-    capability = _capability(q.device.index) if q.device.type == "cuda" else None
-    return choose_config(q.shape[2], q.dtype, capability)
+    return choose_config(q.shape[2], q.dtype, chip_of(q))

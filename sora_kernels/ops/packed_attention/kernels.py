@@ -82,43 +82,60 @@ def _locate(work_ptr, num_work, heads, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _attend_block(
+    q1, q2, acc1, acc2, m_i, l_i, k_block, v_block, stride_kn, stride_vn, start, end, rows,
+    limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: the block of key rows from `start`, short of `end` if MASKED.
+
+    If CAUSAL, key j is seen by row i iff j <= i + limit; else every row sees some key.
+    """
+    o_n = tl.arange(0, BLOCK_N)
+    left = end - start
+    k1 = _load_tile(k_block, o_n, left, stride_kn, 0, D1, D, MASKED)
+    scores = _dot(q1, tl.trans(k1), UPCAST)
+    if D2 > 0:
+        k2 = _load_tile(k_block, o_n, left, stride_kn, D1, D2, D, MASKED)
+        scores += _dot(q2, tl.trans(k2), UPCAST)
+    if MASKED:
+        columns = start + o_n
+        seen = (columns < end)[None, :]
+        if CAUSAL:
+            seen = seen & (columns[None, :] <= rows[:, None] + limit)
+        scores = tl.where(seen, scores, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
+    if CAUSAL:  # a row that has seen nothing yet: -inf - -inf would be NaN
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    else:
+        shift = m_new
+    p = tl.exp2(scores * scale_log2 - shift[:, None])
+    alpha = tl.exp2(m_i - shift)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    if not UPCAST:
+        p = p.to(q1.dtype)
+    v1 = _load_tile(v_block, o_n, left, stride_vn, 0, D1, D, MASKED)
+    acc1 = acc1 * alpha[:, None] + _dot(p, v1, UPCAST)
+    if D2 > 0:
+        v2 = _load_tile(v_block, o_n, left, stride_vn, D1, D2, D, MASKED)
+        acc2 = acc2 * alpha[:, None] + _dot(p, v2, UPCAST)
+    return acc1, acc2, m_new, l_i
+
+
+@triton.jit
 def _attend(
     q1, q2, acc1, acc2, m_i, l_i, k_base, v_base, stride_kn, stride_vn, rows, begin, end, len_k,
     limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the key rows [begin, end); key j is seen by row i iff j <= i + limit."""
-    o_n = tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         far = tl.full((), 0, tl.int64) + start
-        k_block = k_base + far * stride_kn
-        v_block = v_base + far * stride_vn
-        left = len_k - start
-        k1 = _load_tile(k_block, o_n, left, stride_kn, 0, D1, D, MASKED)
-        scores = _dot(q1, tl.trans(k1), UPCAST)
-        if D2 > 0:
-            k2 = _load_tile(k_block, o_n, left, stride_kn, D1, D2, D, MASKED)
-            scores += _dot(q2, tl.trans(k2), UPCAST)
-        if MASKED:
-            columns = start + o_n
-            seen = (columns < len_k)[None, :] & (columns[None, :] <= rows[:, None] + limit)
-            scores = tl.where(seen, scores, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
-        if MASKED:  # a row that has seen nothing yet: -inf - -inf would be NaN
-            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        else:
-            shift = m_new
-        p = tl.exp2(scores * scale_log2 - shift[:, None])
-        alpha = tl.exp2(m_i - shift)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        m_i = m_new
-        if not UPCAST:
-            p = p.to(q1.dtype)
-        v1 = _load_tile(v_block, o_n, left, stride_vn, 0, D1, D, MASKED)
-        acc1 = acc1 * alpha[:, None] + _dot(p, v1, UPCAST)
-        if D2 > 0:
-            v2 = _load_tile(v_block, o_n, left, stride_vn, D1, D2, D, MASKED)
-            acc2 = acc2 * alpha[:, None] + _dot(p, v2, UPCAST)
+        acc1, acc2, m_i, l_i = _attend_block(
+            q1, q2, acc1, acc2, m_i, l_i, k_base + far * stride_kn, v_base + far * stride_vn,
+            stride_kn, stride_vn, start, len_k, rows, limit, scale_log2, D, D1, D2,
+            BLOCK_N, MASKED, MASKED, UPCAST,
+        )  # fmt: skip
     return acc1, acc2, m_i, l_i
 
 

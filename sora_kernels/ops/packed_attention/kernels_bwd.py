@@ -49,38 +49,53 @@ def _load_lse(lse_base, o_m, left):
 
 
 @triton.jit
+def _add_dq(
+    q1, q2, do1, do2, dq1, dq2, lse, delta, k_block, v_block, stride_kn, stride_vn, start, end,
+    rows, limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Adds ds @ k of a block of key rows to dq; the arguments are those of `_attend_block`."""
+    o_n = tl.arange(0, BLOCK_N)
+    left = end - start
+    k1 = _load_tile(k_block, o_n, left, stride_kn, 0, D1, D, MASKED)
+    v1 = _load_tile(v_block, o_n, left, stride_vn, 0, D1, D, MASKED)
+    scores = _dot(q1, tl.trans(k1), UPCAST)
+    dp = _dot(do1, tl.trans(v1), UPCAST)
+    if D2 > 0:
+        k2 = _load_tile(k_block, o_n, left, stride_kn, D1, D2, D, MASKED)
+        v2 = _load_tile(v_block, o_n, left, stride_vn, D1, D2, D, MASKED)
+        scores += _dot(q2, tl.trans(k2), UPCAST)
+        dp += _dot(do2, tl.trans(v2), UPCAST)
+    p = tl.exp2(scores * scale_log2 - lse[:, None])
+    if MASKED:
+        columns = start + o_n
+        seen = (columns < end)[None, :]
+        if CAUSAL:
+            seen = seen & (columns[None, :] <= rows[:, None] + limit)
+        p = tl.where(seen, p, 0.0)
+    ds = p * (dp - delta[:, None])
+    if not UPCAST:
+        ds = ds.to(q1.dtype)
+    dq1 += _dot(ds, k1, UPCAST)
+    if D2 > 0:
+        dq2 += _dot(ds, k2, UPCAST)
+    return dq1, dq2
+
+
+@triton.jit
 def _gather_dq(
     q1, q2, do1, do2, dq1, dq2, lse, delta, k_base, v_base, stride_kn, stride_vn, rows, begin, end,
     len_k, limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds ds @ k of the key rows [begin, end) to dq."""
-    o_n = tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         far = tl.full((), 0, tl.int64) + start
-        k_block = k_base + far * stride_kn
-        v_block = v_base + far * stride_vn
-        left = len_k - start
-        k1 = _load_tile(k_block, o_n, left, stride_kn, 0, D1, D, MASKED)
-        v1 = _load_tile(v_block, o_n, left, stride_vn, 0, D1, D, MASKED)
-        scores = _dot(q1, tl.trans(k1), UPCAST)
-        dp = _dot(do1, tl.trans(v1), UPCAST)
-        if D2 > 0:
-            k2 = _load_tile(k_block, o_n, left, stride_kn, D1, D2, D, MASKED)
-            v2 = _load_tile(v_block, o_n, left, stride_vn, D1, D2, D, MASKED)
-            scores += _dot(q2, tl.trans(k2), UPCAST)
-            dp += _dot(do2, tl.trans(v2), UPCAST)
-        p = tl.exp2(scores * scale_log2 - lse[:, None])
-        if MASKED:
-            columns = start + o_n
-            seen = (columns < len_k)[None, :] & (columns[None, :] <= rows[:, None] + limit)
-            p = tl.where(seen, p, 0.0)
-        ds = p * (dp - delta[:, None])
-        if not UPCAST:
-            ds = ds.to(q1.dtype)
-        dq1 += _dot(ds, k1, UPCAST)
-        if D2 > 0:
-            dq2 += _dot(ds, k2, UPCAST)
+        dq1, dq2 = _add_dq(
+            q1, q2, do1, do2, dq1, dq2, lse, delta, k_base + far * stride_kn,
+            v_base + far * stride_vn, stride_kn, stride_vn, start, len_k, rows, limit,
+            scale_log2, D, D1, D2, BLOCK_N, MASKED, MASKED, UPCAST,
+        )  # fmt: skip
     return dq1, dq2
 
 
@@ -144,51 +159,68 @@ def _packed_attention_bwd_kernel_dq(
 
 
 @triton.jit
+def _add_dkv(
+    k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_block, do_block, lse_block, delta_block, stride_qn,
+    stride_on, columns, start, end, limit, scale_log2, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Adds p^T @ dout to dv and ds^T @ q to dk for the block of query rows from `start`.
+
+    Rows stop short of `end` if MASKED. If CAUSAL, key j is seen by row i iff j <= i + limit.
+    """
+    o_m = tl.arange(0, BLOCK_M)
+    left = end - start
+    q1 = _load_tile(q_block, o_m, left, stride_qn, 0, D1, D, MASKED)
+    do1 = _load_tile(do_block, o_m, left, stride_on, 0, D1, D, MASKED)
+    lse = _load_lse(lse_block, o_m, left)
+    scores = _dot(k1, tl.trans(q1), UPCAST)  # [BLOCK_N, BLOCK_M]
+    if D2 > 0:
+        q2 = _load_tile(q_block, o_m, left, stride_qn, D1, D2, D, MASKED)
+        do2 = _load_tile(do_block, o_m, left, stride_on, D1, D2, D, MASKED)
+        scores += _dot(k2, tl.trans(q2), UPCAST)
+    p = tl.exp2(scores * scale_log2 - lse[None, :])
+    if CAUSAL:
+        p = tl.where(columns[:, None] <= (start + o_m)[None, :] + limit, p, 0.0)
+    if UPCAST:
+        p_low = p
+    else:
+        p_low = p.to(q1.dtype)
+    dv1 += _dot(p_low, do1, UPCAST)
+    delta = tl.load(delta_block + o_m, mask=o_m < left, other=0.0)
+    dp = _dot(v1, tl.trans(do1), UPCAST)
+    if D2 > 0:
+        dv2 += _dot(p_low, do2, UPCAST)
+        dp += _dot(v2, tl.trans(do2), UPCAST)
+    ds = p * (dp - delta[None, :])
+    if not UPCAST:
+        ds = ds.to(q1.dtype)
+    dk1 += _dot(ds, q1, UPCAST)
+    if D2 > 0:
+        dk2 += _dot(ds, q2, UPCAST)
+    return dk1, dk2, dv1, dv2
+
+
+@triton.jit
 def _gather_dkv(
     k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base, do_base, lse_base, delta_base, stride_qn,
     stride_on, columns, blocks_low, begin_low, blocks, begin, len_q, limit, scale_log2,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds p^T @ dout to dv and ds^T @ q to dk over `blocks` blocks of query rows.
+    """Adds to dk and dv over `blocks` blocks of query rows.
 
     The first `blocks_low` of them start at row `begin_low`, the others at row `begin`.
     """
-    o_m = tl.arange(0, BLOCK_M)
     for i in range(blocks):
         start = tl.where(
             i < blocks_low, begin_low + i * BLOCK_M, begin + (i - blocks_low) * BLOCK_M
         )
-        q_block = q_base + start.to(tl.int64) * stride_qn
-        do_block = do_base + start.to(tl.int64) * stride_on
-        left = len_q - start
-        q1 = _load_tile(q_block, o_m, left, stride_qn, 0, D1, D, MASKED)
-        do1 = _load_tile(do_block, o_m, left, stride_on, 0, D1, D, MASKED)
-        lse = _load_lse(lse_base + start, o_m, left)
-        scores = _dot(k1, tl.trans(q1), UPCAST)  # [BLOCK_N, BLOCK_M]
-        if D2 > 0:
-            q2 = _load_tile(q_block, o_m, left, stride_qn, D1, D2, D, MASKED)
-            do2 = _load_tile(do_block, o_m, left, stride_on, D1, D2, D, MASKED)
-            scores += _dot(k2, tl.trans(q2), UPCAST)
-        p = tl.exp2(scores * scale_log2 - lse[None, :])
-        if MASKED:
-            p = tl.where(columns[:, None] <= (start + o_m)[None, :] + limit, p, 0.0)
-        if UPCAST:
-            p_low = p
-        else:
-            p_low = p.to(q1.dtype)
-        dv1 += _dot(p_low, do1, UPCAST)
-        delta = tl.load(delta_base + start + o_m, mask=o_m < left, other=0.0)
-        dp = _dot(v1, tl.trans(do1), UPCAST)
-        if D2 > 0:
-            dv2 += _dot(p_low, do2, UPCAST)
-            dp += _dot(v2, tl.trans(do2), UPCAST)
-        ds = p * (dp - delta[None, :])
-        if not UPCAST:
-            ds = ds.to(q1.dtype)
-        dk1 += _dot(ds, q1, UPCAST)
-        if D2 > 0:
-            dk2 += _dot(ds, q2, UPCAST)
+        far = start.to(tl.int64)
+        dk1, dk2, dv1, dv2 = _add_dkv(
+            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base + far * stride_qn, do_base + far * stride_on,
+            lse_base + start, delta_base + start, stride_qn, stride_on, columns,
+            start, len_q, limit, scale_log2, D, D1, D2, BLOCK_M, MASKED, MASKED, UPCAST,
+        )  # fmt: skip
     return dk1, dk2, dv1, dv2
 
 

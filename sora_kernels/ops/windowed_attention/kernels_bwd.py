@@ -1,0 +1,198 @@
+"""Backward of windowed attention: delta, then dk and dv by key block, then dq by query block.
+
+dk and dv walk the inverse window. Two passes instead of one with atomics: every sum has one order,
+so every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..packed_attention.kernels import LOG2E, _load_tile, _store_tile, grid, upcast
+from ..packed_attention.kernels_bwd import (
+    DELTA_BLOCK,
+    _add_dkv,
+    _add_dq,
+    _load_lse,
+    _packed_attention_bwd_kernel_delta,
+)
+from .config import config_for
+from .kernels import RUN_TIME, _locate
+from .ranges import block_at, plan
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def _windowed_attention_bwd_kernel_dq(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, work_ptr, cu_ptr, table_ptr,
+    num_tokens, num_work, heads, group_size, stride_qn, stride_qh, stride_kn, stride_kh,
+    stride_vn, stride_vh, stride_on, stride_oh, scale,
+    back_t, back_h, back_w, ahead_t, ahead_h, ahead_w, clamp, causal, sink,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dq = scale * (p * (dout v^T - delta)) k over the keys that a block of queries sees."""
+    head, segment, start_m, end_m, tile = _locate(work_ptr, num_work, heads, GROUP)
+    if segment < 0:
+        return
+    origin = tl.load(cu_ptr + segment)
+    length = tl.load(cu_ptr + segment + 1) - origin
+    blocks, where = plan(
+        table_ptr, segment, tile, length, back_t, back_h, back_w, ahead_t, ahead_h, ahead_w,
+        clamp, causal, sink, BLOCK_N, False,
+    )  # fmt: skip
+    first = (origin + start_m).to(tl.int64)
+    head_q = head.to(tl.int64)
+    head_k = (head // group_size).to(tl.int64)
+    o_m = tl.arange(0, BLOCK_M)
+    left_q = end_m - start_m
+
+    q_base = q_ptr + first * stride_qn + head_q * stride_qh
+    do_base = dout_ptr + first * stride_on + head_q * stride_oh
+    q1 = _load_tile(q_base, o_m, left_q, stride_qn, 0, D1, D, True)  # [BLOCK_M, D1]
+    do1 = _load_tile(do_base, o_m, left_q, stride_on, 0, D1, D, True)
+    dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    q2, do2, dq2 = q1, do1, dq1
+    if D2 > 0:
+        q2 = _load_tile(q_base, o_m, left_q, stride_qn, D1, D2, D, True)
+        do2 = _load_tile(do_base, o_m, left_q, stride_on, D1, D2, D, True)
+        dq2 = tl.zeros([BLOCK_M, D2], tl.float32)
+    lse = _load_lse(lse_ptr + head_q * num_tokens + first, o_m, left_q)
+    delta = tl.load(delta_ptr + head_q * num_tokens + first + o_m, mask=o_m < left_q, other=0.0)
+
+    k_base = k_ptr + origin.to(tl.int64) * stride_kn + head_k * stride_kh
+    v_base = v_ptr + origin.to(tl.int64) * stride_vn + head_k * stride_vh
+    scale_log2 = scale * LOG2E
+    for x in range(blocks):
+        start, end = block_at(x, where, BLOCK_N)
+        far = start.to(tl.int64)
+        dq1, dq2 = _add_dq(
+            q1, q2, do1, do2, dq1, dq2, lse, delta, k_base + far * stride_kn,
+            v_base + far * stride_vn, stride_kn, stride_vn, start, end, 0, 0, scale_log2, D, D1,
+            D2, BLOCK_N, True, False, UPCAST,
+        )  # fmt: skip
+    dq_base = dq_ptr + (first * heads + head) * D
+    _store_tile(dq_base, dq1 * scale, o_m, left_q, heads * D, 0, D1, D)
+    if D2 > 0:
+        _store_tile(dq_base, dq2 * scale, o_m, left_q, heads * D, D1, D2, D)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def _windowed_attention_bwd_kernel_dkv(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, work_ptr, cu_ptr,
+    table_ptr, num_tokens, num_work, heads, group_size, stride_qn, stride_qh, stride_kn,
+    stride_kh, stride_vn, stride_vh, stride_on, stride_oh, scale,
+    back_t, back_h, back_w, ahead_t, ahead_h, ahead_w, clamp, causal, sink,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dv = p^T dout and dk = scale * ds^T q over the queries that see a block of keys."""
+    head, segment, start_n, end_n, tile = _locate(work_ptr, num_work, heads, GROUP)
+    if segment < 0:
+        return
+    origin = tl.load(cu_ptr + segment)
+    length = tl.load(cu_ptr + segment + 1) - origin
+    blocks, where = plan(
+        table_ptr, segment, tile, length, back_t, back_h, back_w, ahead_t, ahead_h, ahead_w,
+        clamp, causal, sink, BLOCK_M, True,
+    )  # fmt: skip
+    first = (origin + start_n).to(tl.int64)
+    head_q = head.to(tl.int64)
+    head_k = (head // group_size).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)
+    left_k = end_n - start_n
+
+    k_base = k_ptr + first * stride_kn + head_k * stride_kh
+    v_base = v_ptr + first * stride_vn + head_k * stride_vh
+    k1 = _load_tile(k_base, o_n, left_k, stride_kn, 0, D1, D, True)  # [BLOCK_N, D1]
+    v1 = _load_tile(v_base, o_n, left_k, stride_vn, 0, D1, D, True)
+    dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
+    dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
+    k2, v2, dk2, dv2 = k1, v1, dk1, dv1
+    if D2 > 0:
+        k2 = _load_tile(k_base, o_n, left_k, stride_kn, D1, D2, D, True)
+        v2 = _load_tile(v_base, o_n, left_k, stride_vn, D1, D2, D, True)
+        dk2 = tl.zeros([BLOCK_N, D2], tl.float32)
+        dv2 = tl.zeros([BLOCK_N, D2], tl.float32)
+
+    q_base = q_ptr + origin.to(tl.int64) * stride_qn + head_q * stride_qh
+    do_base = dout_ptr + origin.to(tl.int64) * stride_on + head_q * stride_oh
+    lse_base = lse_ptr + head_q * num_tokens + origin
+    delta_base = delta_ptr + head_q * num_tokens + origin
+    scale_log2 = scale * LOG2E
+    for x in range(blocks):
+        start, end = block_at(x, where, BLOCK_M)
+        far = start.to(tl.int64)
+        dk1, dk2, dv1, dv2 = _add_dkv(
+            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base + far * stride_qn, do_base + far * stride_on,
+            lse_base + start, delta_base + start, stride_qn, stride_on, 0, start, end, 0,
+            scale_log2, D, D1, D2, BLOCK_M, True, False, UPCAST,
+        )  # fmt: skip
+    dk_base = dk_ptr + (first * heads + head) * D
+    dv_base = dv_ptr + (first * heads + head) * D
+    _store_tile(dk_base, dk1 * scale, o_n, left_k, heads * D, 0, D1, D)
+    _store_tile(dv_base, dv1, o_n, left_k, heads * D, 0, D1, D)
+    if D2 > 0:
+        _store_tile(dk_base, dk2 * scale, o_n, left_k, heads * D, D1, D2, D)
+        _store_tile(dv_base, dv2, o_n, left_k, heads * D, D1, D2, D)
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor, table: Tensor, work_dq: Tensor, work_dkv: Tensor, window: Sequence[int],
+    scale: float, need_dq: bool, need_dkv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv); what is not needed comes back empty.
+
+    Args:
+        work_dq: `layout.window_work(config_for(q).dq.block_m, window, "query")`.
+        work_dkv: `layout.window_work(config_for(q).dkv.block_n, window, "key")`.
+    """
+    config = config_for(q)
+    num_tokens, heads, head_dim = q.shape
+    heads_k = k.shape[1]
+    dq = q.new_empty(q.shape if need_dq else (0,))
+    # Grouped heads: each query head writes its own fp32 share, and the shares are summed in order.
+    group = heads // heads_k
+    share = torch.float32 if group > 1 else k.dtype
+    dk = k.new_empty((num_tokens, heads, head_dim) if need_dkv else (0,), dtype=share)
+    dv = v.new_empty((num_tokens, heads, head_dim) if need_dkv else (0,), dtype=share)
+    if num_tokens == 0 or heads == 0:
+        return dq, dk, dv
+    if dout.stride(-1) != 1:  # an expanded gradient; the kernels read rows
+        dout = dout.contiguous()
+    delta = q.new_empty((heads, num_tokens), dtype=torch.float32)
+    _packed_attention_bwd_kernel_delta[(triton.cdiv(num_tokens, DELTA_BLOCK) * heads,)](
+        out, dout, delta if dlse is None else dlse.contiguous(), delta,
+        num_tokens, heads, dout.stride(0), dout.stride(1),
+        HAS_DLSE=dlse is not None, D=head_dim, WIDTH=triton.next_power_of_2(head_dim),
+        BLOCK=DELTA_BLOCK, num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    strides = (
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        dout.stride(0), dout.stride(1),
+    )  # fmt: skip
+    dims = {"D": head_dim, "D1": config.dim1, "D2": config.dim2, "UPCAST": upcast(q)}
+    if need_dkv:
+        launch = config.dkv
+        _windowed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads, launch.group)](
+            q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_seqlens, table,
+            num_tokens, work_dkv.shape[0], heads, group, *strides, scale, *window,
+            **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    if need_dq:
+        launch = config.dq
+        _windowed_attention_bwd_kernel_dq[grid(work_dq.shape[0], heads, launch.group)](
+            q, k, v, dout, lse, delta, dq, work_dq, cu_seqlens, table,
+            num_tokens, work_dq.shape[0], heads, group, *strides, scale, *window,
+            **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    if need_dkv and group > 1:
+        dk, dv = (x.unflatten(1, (heads_k, group)).sum(2).to(k.dtype) for x in (dk, dv))
+    return dq, dk, dv
