@@ -59,10 +59,10 @@ test: build
 	@$(PY) -m sora_kernels.info
 	@status=0; \
 	echo "== CPU and Triton interpreter"; \
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q --durations=10 -n $(JOBS) \
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q --strict-skips --durations=10 -n $(JOBS) \
 	  --dist worksteal tests --ignore=tests/aot --ignore=tests/gpu || status=1; \
 	echo "== cross-compilation, and GPU where there is one"; \
-	TRITON_INTERPRET=0 SORA_KERNELS_AOT_JOBS=$(JOBS) $(PY) -m pytest -q --durations=10 \
+	TRITON_INTERPRET=0 SORA_KERNELS_AOT_JOBS=$(JOBS) $(PY) -m pytest -q --strict-skips --durations=10 \
 	  tests/aot tests/gpu || status=1; \
 	exit $$status
 

@@ -94,7 +94,7 @@ def adaln_attention(
         TypeError, ValueError: as the ops; or ``qkv`` returns another width than expected.
     """
     shift, scale, gate = modulation
-    modulated = _modulated_norm(x, shift, scale, rows, per, norm, eps, law)
+    modulated = _modulated_norm(x, shift, scale, normed, rows, per, norm, eps, law)
     with _Recomputed(recompute) as again:
         h = modulated() if normed is None else normed
         if normed is None or _same_bits(x, law):
@@ -154,7 +154,7 @@ def adaln_mlp(
         TypeError, ValueError: as the ops.
     """
     shift, scale, gate = modulation
-    modulated = _modulated_norm(x, shift, scale, rows, per, norm, eps, law)
+    modulated = _modulated_norm(x, shift, scale, normed, rows, per, norm, eps, law)
     with _Recomputed(recompute) as again:
         h = modulated() if normed is None else normed
         if normed is None or _same_bits(x, law):
@@ -170,11 +170,16 @@ def adaln_mlp(
 
 
 def _modulated_norm(
-    x: Tensor, shift: Tensor | None, scale: Tensor | None, rows: RowMap | None, per: str | None,
-    norm: str, eps: float, law: Law,
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, normed: Tensor | None,
+    rows: RowMap | None, per: str | None, norm: str, eps: float, law: Law,
 ) -> Callable[[], Tensor]:  # fmt: skip
+    """Computes the modulated norm, in the dtype of ``normed`` if that is what it replaces."""
+    out_dtype = x.dtype if normed is None else normed.dtype
+
     def run() -> Tensor:
-        h = norm_modulate(x, shift, scale, rows=rows, per=per, norm=norm, eps=eps, law=law)
+        h = norm_modulate(
+            x, shift, scale, rows=rows, per=per, norm=norm, eps=eps, law=law, out_dtype=out_dtype
+        )
         return cast(Tensor, h)
 
     return run

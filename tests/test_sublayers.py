@@ -170,3 +170,20 @@ def test_bad_projection() -> None:
         adaln_attention(
             p["x"], (None, None, None), linear(p["up"]), linear(p["out"]), LAYOUT, heads=HEADS
         )
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_autocast(recompute: bool) -> None:
+    """Under autocast the stream stays fp32 and projections give bf16: the ops take the mix, and
+    gradients come back in the dtype of their parameters."""
+    p = parameters(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        x, h = halves(p, recompute, True)
+    assert x.dtype == torch.float32
+    upstream = [randn(*y.shape, seed=40 + i).to(y.dtype) for i, y in enumerate((x, h))]
+    grads = torch.autograd.grad([x, h], list(p.values()), upstream)
+    assert {g.dtype for g in grads} == {torch.float32}
+    expected = results(one_by_one, torch.float32)
+    for mine, exact in zip((x, h, *grads), expected, strict=True):
+        error = (mine.float() - exact).norm() / exact.norm()
+        assert error < 0.03, f"relative error {error:.3f}"
