@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 # Section starts keep Triton's 16-byte pointer specialisation, and a cache line.
 _ALIGN = 64
@@ -43,10 +44,11 @@ def pack(
 
 
 def unpack(buffer: Tensor, sections: Mapping[str, Section]) -> dict[str, Tensor]:
-    """Tensors over the sections of `buffer`.
+    """Tensors over the sections of `buffer`, each with a storage of its own, at offset 0.
 
-    Built on its storage rather than as views of it: torch.compile would replay the views, with
-    their changes of dtype, for each input.
+    Not views of it: torch.compile would replay the views, with their changes of dtype, for each
+    input, and would take their storage offsets for sizes, tie them to sizes that happen to be
+    equal and compile again when they differ. DLPack hands over the memory alone.
     """
     tensors = {}
     for name, section in sections.items():
@@ -54,7 +56,8 @@ def unpack(buffer: Tensor, sections: Mapping[str, Section]) -> dict[str, Tensor]
         stride = [1] * len(section.shape)
         for i in range(len(section.shape) - 1, 0, -1):
             stride[i - 1] = stride[i] * section.shape[i]
-        tensors[name] = empty.set_(
+        tensor = empty.set_(
             buffer.untyped_storage(), section.start // empty.element_size(), section.shape, stride
         )
+        tensors[name] = tensor if tensor.is_meta else from_dlpack(to_dlpack(tensor))
     return tensors

@@ -220,7 +220,7 @@ class HostPack:
         return len(POSITION_COLUMNS) + (len(TILE_COLUMNS) if self.order == "tile" else 0)
 
     def position_table(self) -> Int32Array:
-        """`GridPositions.parts`: what gives the table rows of each token."""
+        """`GridPositions.parts`, flat: what gives the table rows of each token."""
         tiled = self.order == "tile"
         table = np.ones((len(self.parts) + 1, self.position_columns), np.int32)
         table[:, 0] = self.part_starts
@@ -232,7 +232,7 @@ class HostPack:
                 row[4:7] = [runs[key][0] for key in zip(part.origin, part.scale, strict=True)]
                 if tiled:
                     row[7:] = part.t, *self.tile_of(part)
-        return table
+        return table.ravel()
 
     def per_token(self, grid: Grid, axes: Sequence[Int32Array]) -> Int32Array:
         """Values per axis, `[t]`, `[h]`, `[w]`, spread to the tokens as stored, `[t*h*w, 3]`."""

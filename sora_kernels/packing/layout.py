@@ -187,7 +187,7 @@ class PackedLayout:
             host.num_tokens, self.num_parts, 0, self.part_of_token, None, self.part_starts
         )
         self._positions = GridPositions(
-            self.part_of_token, tensors["position_table"].view(-1), host.position_columns
+            self.part_of_token, tensors["position_table"], host.position_columns
         )
         self._ropes: dict[Hashable, Rope] = {}
         self._work: dict[int, Tensor] = {}
@@ -350,6 +350,11 @@ class PackedLayout:
         other.__dict__.update(self.__dict__)
         other._upload(target)
         return other
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles: tensors over one buffer again, empty caches."""
+        self.__dict__.update(state)
+        self._upload(self.device)
 
     def shard(self, rank: int, world: int) -> LayoutShard:
         """The tokens of one rank of a context-parallel group, for row ops and RoPE.
