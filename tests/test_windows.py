@@ -95,6 +95,7 @@ def test_both_sides_count_the_same_pairs(layout: PackedLayout, window: Window) -
             for table in (chunks(grid, window, side) for side in SIDES)
         ]
         assert pairs[0] == pairs[1]
+    assert layout.window_pairs(window) == int(tile_mask(layout, window).sum())
 
 
 def test_few_runs_whatever_the_grid() -> None:

@@ -24,7 +24,7 @@ from .rope import (
     per_axis,
 )
 from .shard import LayoutShard
-from .windows import Side, Window
+from .windows import Side, Window, chunks
 
 _MAX_TOKENS = 2**31 - 1
 # Tensors as long as the pack has tokens of one kind; padded to N within a capacity's buffer.
@@ -187,7 +187,7 @@ class PackedLayout:
             host.num_tokens, self.num_parts, 0, self.part_of_token, None, self.part_starts
         )
         self._positions = GridPositions(
-            self.part_of_token, tensors["position_table"], host.position_columns
+            self.part_of_token, tensors["position_table"].view(-1), host.position_columns
         )
         self._ropes: dict[Hashable, Rope] = {}
         self._work: dict[int, Tensor] = {}
@@ -336,6 +336,11 @@ class PackedLayout:
             self._window_works[key] = self._send(self._host.window_work(block, window, side, rows))
         return self._window_works[key]
 
+    def window_pairs(self, window: Window) -> int:
+        """(query, key) pairs that attention under a window computes: what a FLOP count takes."""
+        tables = [chunks(grid, window, "query") for grid in self._host.segment_grids]
+        return sum(int(((table[:, 1] - table[:, 0]) * table[:, 3]).sum()) for table in tables)
+
     def _work_rows(self, block: int) -> int | None:
         if self.capacity is None:
             return None
@@ -350,11 +355,6 @@ class PackedLayout:
         other.__dict__.update(self.__dict__)
         other._upload(target)
         return other
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies and pickles: tensors over one buffer again, empty caches."""
-        self.__dict__.update(state)
-        self._upload(self.device)
 
     def shard(self, rank: int, world: int) -> LayoutShard:
         """The tokens of one rank of a context-parallel group, for row ops and RoPE.

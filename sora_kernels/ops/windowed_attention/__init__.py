@@ -74,7 +74,7 @@ def _works(
     q: Tensor, layout: PackedLayout, window: Window, wants_grad: bool
 ) -> tuple[Tensor | None, ...]:
     """The layout's work lists of the forward, dq and dk/dv kernels."""
-    from .config import config_for
+    from .config import config_for  # late: it reads packed_attention's, which imports this module
 
     config = config_for(q)
     work = layout.window_work(config.fwd.block_m, window, "query")
