@@ -51,8 +51,8 @@ def _load_lse(lse_base, o_m, left):
 @triton.jit
 def _add_dq(
     q1, q2, do1, do2, dq1, dq2, lse, delta, k_block, v_block, stride_kn, stride_vn, start, end,
-    rows, limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+    rows, limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds ds @ k of a block of key rows to dq; the arguments are those of `_attend_block`."""
     o_n = tl.arange(0, BLOCK_N)
@@ -162,7 +162,8 @@ def _packed_attention_bwd_kernel_dq(
 def _add_dkv(
     k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_block, do_block, lse_block, delta_block, stride_qn,
     stride_on, columns, start, end, limit, scale_log2, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+    D2: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds p^T @ dout to dv and ds^T @ q to dk for the block of query rows from `start`.
 

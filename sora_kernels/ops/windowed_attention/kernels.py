@@ -1,7 +1,7 @@
 """Flash attention within 3-D tile windows: the Triton forward kernel and what both files share.
 
 One program = one block of query rows of one head, all of one tile (or all outside the main grid):
-`work[w] = segment, first row, end of the piece, tile`. Its keys are the ranges of `ranges.plan`,
+`work[w] = segment, first row, end of the piece, tile`. Its keys are the ranges of `device.plan`,
 read in one loop. The arithmetic per block of keys is `packed_attention`'s.
 """
 
@@ -25,7 +25,7 @@ from ..packed_attention.kernels import (
     upcast,
 )
 from .config import config_for
-from .ranges import block_at, plan
+from .device import block_at, plan
 
 if TYPE_CHECKING:
     from ...aot import AotCase
@@ -113,9 +113,15 @@ def _windowed_attention_fwd_kernel(
     tl.store(lse_base + o_m, (m_i + tl.log2(l_i)) * LN2, mask=o_m < left_q)
 
 
+def listed(name: str, work: Tensor | None) -> Tensor:
+    if work is None:
+        raise ValueError(f"{name}: expected the list of layout.window_work(...), got None")
+    return work
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, table: Tensor, work: Tensor,
-    window: Sequence[int], scale: float,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, table: Tensor,
+    work: Tensor | None, window: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out `[N, H, D]` and natural-log lse fp32 `[H, N]`.
 
@@ -125,6 +131,9 @@ def forward(
         table: `layout.window_table()`.
         work: `layout.window_work(config_for(q).fwd.block_m, window, "query")`.
         window: `Window.as_ints()`.
+
+    Raises:
+        ValueError: there is no work list; only the layout can build one.
     """
     config = config_for(q)
     num_tokens, heads, head_dim = q.shape
@@ -133,6 +142,7 @@ def forward(
     launch = config.fwd
     if num_tokens == 0 or heads == 0:
         return out, lse
+    work = listed("work", work)
     _windowed_attention_fwd_kernel[grid(work.shape[0], heads, launch.group)](
         q, k, v, out, lse, work, cu_seqlens, table,
         num_tokens, work.shape[0], heads, heads // k.shape[1],

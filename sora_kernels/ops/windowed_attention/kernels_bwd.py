@@ -22,8 +22,8 @@ from ..packed_attention.kernels_bwd import (
     _packed_attention_bwd_kernel_delta,
 )
 from .config import config_for
-from .kernels import RUN_TIME, _locate
-from .ranges import block_at, plan
+from .device import block_at, plan
+from .kernels import RUN_TIME, _locate, listed
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -143,14 +143,17 @@ def _windowed_attention_bwd_kernel_dkv(
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor, table: Tensor, work_dq: Tensor, work_dkv: Tensor, window: Sequence[int],
-    scale: float, need_dq: bool, need_dkv: bool,
+    cu_seqlens: Tensor, table: Tensor, work_dq: Tensor | None, work_dkv: Tensor | None,
+    window: Sequence[int], scale: float, need_dq: bool, need_dkv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv); what is not needed comes back empty.
 
     Args:
         work_dq: `layout.window_work(config_for(q).dq.block_m, window, "query")`.
         work_dkv: `layout.window_work(config_for(q).dkv.block_n, window, "key")`.
+
+    Raises:
+        ValueError: a work list that is needed is missing; only the layout can build one.
     """
     config = config_for(q)
     num_tokens, heads, head_dim = q.shape
@@ -179,6 +182,7 @@ def backward(
     dims = {"D": head_dim, "D1": config.dim1, "D2": config.dim2, "UPCAST": upcast(q)}
     if need_dkv:
         launch = config.dkv
+        work_dkv = listed("work_dkv", work_dkv)
         _windowed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_seqlens, table,
             num_tokens, work_dkv.shape[0], heads, group, *strides, scale, *window,
@@ -187,6 +191,7 @@ def backward(
         )  # fmt: skip
     if need_dq:
         launch = config.dq
+        work_dq = listed("work_dq", work_dq)
         _windowed_attention_bwd_kernel_dq[grid(work_dq.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dq, work_dq, cu_seqlens, table,
             num_tokens, work_dq.shape[0], heads, group, *strides, scale, *window,

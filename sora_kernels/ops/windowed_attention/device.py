@@ -41,9 +41,9 @@ def plan(
 
     The ranges, in order: A before the main grid, B after it, C whole layers of tiles (the sink;
     INVERSE: those that see a layer of the sink), D the w-runs of the window outside them, `runs`
-    of them in each of `layers` layers. Only the last layer and the last run of a layer may be shorter. Runs
-    of a window as wide as the grid touch: they become one per layer, and layers as high as the
-    grid become one run in all.
+    of them in each of `layers` layers. Only the last layer and the last run of a layer may be
+    shorter. Runs of a window as wide as the grid touch: they become one per layer, and layers as
+    high as the grid become one run in all.
     """
     row = table_ptr + 8 * segment
     start = tl.load(row)
