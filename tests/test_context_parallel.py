@@ -142,7 +142,7 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES,
-        timeout=timedelta(seconds=300),
+        timeout=timedelta(seconds=120),
     )  # fmt: skip
     groups = {world: dist.new_group(ranks) for world, ranks in GROUPS.items()}
     done: dict[str, Any] = {}
