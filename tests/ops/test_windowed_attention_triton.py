@@ -17,6 +17,7 @@ from sora_kernels.ops.windowed_attention import kernels
 from sora_kernels.ops.windowed_attention.config import config_for
 from sora_kernels.ops.windowed_attention.device import block_at, plan
 from sora_kernels.ops.windowed_attention.reference import windowed_attention_reference
+from sora_kernels.packing import Capacity
 from sora_kernels.packing.tiles import tile_shape
 from sora_kernels.packing.windows import SegmentGrid, seeing_ranges, seen_ranges
 from tests.helpers import check, poisoned, randn
@@ -41,10 +42,10 @@ def _list_blocks(
         table_ptr, segment, tile - 1, length, back_t, back_h, back_w, ahead_t, ahead_h, ahead_w,
         clamp, causal, sink, BLOCK, INVERSE,
     )  # fmt: skip
-    row, end = block_at(x, where, BLOCK)
+    row, left = block_at(x, where, BLOCK)
     at = tile * BLOCKS + x
     tl.store(row_ptr + at, row, mask=tile <= tiles)
-    tl.store(end_ptr + at, end, mask=tile <= tiles)
+    tl.store(end_ptr + at, row + left, mask=tile <= tiles)
     tl.store(count_ptr + tile, blocks, mask=tile <= tiles)
 
 
@@ -126,17 +127,19 @@ def test_a_long_video_reads_its_window_alone(inverse: bool) -> None:
 
 # --- accuracy -----------------------------------------------------------------------------------
 
-VIDEO = [Text(3), Grid(3, 3, 5, tile=(2, 2, 2)), Grid(1, 1, 2, given=True)]
-FRAMES = [Grid(4, 2, 4, tile=(1, 2, 2)), Text(2)]
-IMAGE = [Grid(1, 7, 9, tile=(1, 4, 5))]
+# Few programs: a block of the interpreter takes 40 ms. Every axis has a partial tile somewhere.
+VIDEO = [Text(3), Grid(3, 3, 2, tile=(2, 2, 2)), Grid(1, 1, 2, given=True)]
+WIDE = [Grid(1, 2, 7, tile=(1, 2, 3))]
+FRAMES = [Grid(4, 2, 2, tile=(1, 2, 1)), Text(2)]
+IMAGE = [Grid(1, 7, 9, tile=(1, 4, 5))]  # two blocks per tile
 # Parts; window; heads, key heads, head dim; dtype.
 CASES: dict[str, tuple[list[Any], Window, int, int, int, str]] = {
-    "clamped": ([FRAMES, [Text(5)]], Window((3, 1, 1)), 1, 1, 64, "fp32"),
-    "truncated": ([VIDEO, IMAGE], Window((1, 3, 3), "truncate"), 1, 1, 16, "fp32"),
+    "clamped": ([FRAMES, WIDE, [Text(5)]], Window((3, 1, 1)), 1, 1, 64, "fp32"),
+    "truncated": ([WIDE, IMAGE], Window((1, 1, 3), "truncate"), 1, 1, 16, "fp32"),
     "gqa": ([VIDEO], Window((1, 1, 3)), 2, 1, 72, "fp16"),
     "causal-sink": ([FRAMES], Window((2, 1, 1), causal=True, sink=1), 1, 1, 96, "fp16"),
-    "sink": ([FRAMES, VIDEO], Window((1, 1, None), sink=2), 1, 1, 16, "bf16"),
-    "causal-mqa": ([VIDEO, [Text(2)]], Window((None, 3, 1), causal=True), 2, 1, 24, "fp32"),
+    "sink": ([FRAMES, VIDEO], Window((1, 1, 1), sink=2), 1, 1, 16, "bf16"),
+    "causal-mqa": ([VIDEO, [Text(2)], []], Window((None, 3, 1), causal=True), 2, 1, 24, "fp32"),
     "one-tile": ([[Text(1), Grid(2, 3, 3, tile=(2, 3, 3))]], Window((3, 1, 1)), 1, 1, 128, "fp32"),
 }
 
@@ -193,7 +196,7 @@ def test_matches_the_oracle(case: str) -> None:
 
 @pytest.mark.parametrize("window", [(None, None, None), Window((9, 9, 9), sink=1)])
 def test_a_window_over_the_grid_is_dense_attention(window: Any) -> None:
-    layout = PackedLayout([VIDEO, IMAGE], order="tile")
+    layout = PackedLayout([VIDEO, [Grid(1, 5, 6, tile=(1, 4, 6))]], order="tile")
     tensors = list(randn(layout.num_tokens, 3, 1, 16).unbind(1))
     got = run(attention(layout, window), tensors, torch.float32)
     dense = run(lambda *x: packed_attention(*x, layout, return_lse=True), tensors, torch.float32)
@@ -203,25 +206,12 @@ def test_a_window_over_the_grid_is_dense_attention(window: Any) -> None:
         )
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
-@given(layouts(), windows())
-def test_random_packs(layout: PackedLayout, window: Window) -> None:
-    tensors = list(randn(layout.num_tokens, 3, 1, 16).unbind(1))
-    seen = tile_mask(layout, window)
-    got = run(attention(layout, window), tensors, torch.float32)
-    exact = run(lambda q, k, v: masked_attention(q, k, v, seen, 0.25), tensors, torch.float64)
-    for name, a, b in zip(NAMES, got, exact, strict=True):
-        torch.testing.assert_close(
-            a.double(), b, atol=2e-5, rtol=1e-5, msg=lambda text, at=name: f"{at}: {text}"
-        )
-
-
 # --- bits ---------------------------------------------------------------------------------------
 
 
 def test_a_segment_computes_the_same_bits_in_any_pack() -> None:
     window = Window((1, 1, 3), sink=1)
-    packs = [VIDEO, [], IMAGE, [Text(18)]]
+    packs = [VIDEO, [], WIDE, [Text(18)]]
     layout = PackedLayout(packs, order="tile")
     tensors = randn(layout.num_tokens, 3, 1, 16).unbind(1)
     dout = randn(layout.num_tokens, 1, 16, seed=1)
@@ -243,11 +233,11 @@ def test_a_segment_computes_the_same_bits_in_any_pack() -> None:
 
 def test_three_runs_and_a_capacity_give_the_same_bits() -> None:
     window = Window((2, 1, 3), causal=True)
-    layout = PackedLayout([VIDEO], order="tile")
-    roomy = PackedLayout([VIDEO], order="tile", capacity=96)
+    layout = PackedLayout([FRAMES], order="tile")
+    roomy = PackedLayout([FRAMES], order="tile", capacity=Capacity(24, segments=3, blocks=12))
     n = layout.num_tokens
-    tensors = list(randn(96, 3, 2, 16, dtype=torch.float16).unbind(1))
-    dout = randn(96, 2, 16, dtype=torch.float16, seed=1)
+    tensors = list(randn(24, 3, 1, 16, dtype=torch.float16).unbind(1))
+    dout = randn(24, 1, 16, dtype=torch.float16, seed=1)
 
     def call(layout: PackedLayout) -> list[Tensor]:
         rows = slice(0, layout.num_tokens)
@@ -268,7 +258,7 @@ def test_three_runs_and_a_capacity_give_the_same_bits() -> None:
 
 
 def test_only_what_is_asked_is_computed() -> None:
-    layout = PackedLayout([[Grid(2, 3, 3, tile=(1, 2, 2))]], order="tile")
+    layout = PackedLayout([[Grid(2, 3, 2, tile=(1, 3, 2))]], order="tile")
     window = Window((1, 1, 1))
     q, k, v = randn(layout.num_tokens, 3, 1, 16).unbind(1)
     config = config_for(q)

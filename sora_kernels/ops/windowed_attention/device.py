@@ -117,7 +117,7 @@ def plan(
 
 @triton.jit
 def block_at(x, where, BLOCK: tl.constexpr):
-    """First row of block x, counted from the segment's first, and the end of its range.
+    """First row of block x, counted from the segment's first, and the rows left in its range.
 
     A short last layer has no more blocks than the others, so dividing by those of a whole layer
     finds it too; so it is with the last run of a layer.
@@ -144,4 +144,4 @@ def block_at(x, where, BLOCK: tl.constexpr):
     end = tl.where(x < blocks_b, end_b, end)
     row = tl.where(x < blocks_a, x * BLOCK, row)
     end = tl.where(x < blocks_a, end_a, end)
-    return row, end
+    return row, end - row

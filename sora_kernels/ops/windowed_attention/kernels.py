@@ -95,11 +95,11 @@ def _windowed_attention_fwd_kernel(
     v_base = v_ptr + origin.to(tl.int64) * stride_vn + head_k * stride_vh
     scale_log2 = scale * LOG2E
     for x in range(blocks):
-        start, end = block_at(x, where, BLOCK_N)
-        far = start.to(tl.int64)
+        row, left = block_at(x, where, BLOCK_N)
+        far = row.to(tl.int64)
         acc1, acc2, m_i, l_i = _attend_block(
             q1, q2, acc1, acc2, m_i, l_i, k_base + far * stride_kn, v_base + far * stride_vn,
-            stride_kn, stride_vn, start, end, 0, 0, scale_log2, D, D1, D2, BLOCK_N, True, False,
+            stride_kn, stride_vn, 0, left, 0, 0, scale_log2, D, D1, D2, BLOCK_N, True, False,
             UPCAST,
         )  # fmt: skip
 

@@ -68,11 +68,11 @@ def _windowed_attention_bwd_kernel_dq(
     v_base = v_ptr + origin.to(tl.int64) * stride_vn + head_k * stride_vh
     scale_log2 = scale * LOG2E
     for x in range(blocks):
-        start, end = block_at(x, where, BLOCK_N)
-        far = start.to(tl.int64)
+        row, left = block_at(x, where, BLOCK_N)
+        far = row.to(tl.int64)
         dq1, dq2 = _add_dq(
             q1, q2, do1, do2, dq1, dq2, lse, delta, k_base + far * stride_kn,
-            v_base + far * stride_vn, stride_kn, stride_vn, start, end, 0, 0, scale_log2, D, D1,
+            v_base + far * stride_vn, stride_kn, stride_vn, 0, left, 0, 0, scale_log2, D, D1,
             D2, BLOCK_N, True, False, UPCAST,
         )  # fmt: skip
     dq_base = dq_ptr + (first * heads + head) * D
@@ -125,11 +125,11 @@ def _windowed_attention_bwd_kernel_dkv(
     delta_base = delta_ptr + head_q * num_tokens + origin
     scale_log2 = scale * LOG2E
     for x in range(blocks):
-        start, end = block_at(x, where, BLOCK_M)
-        far = start.to(tl.int64)
+        row, left = block_at(x, where, BLOCK_M)
+        far = row.to(tl.int64)
         dk1, dk2, dv1, dv2 = _add_dkv(
             k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base + far * stride_qn, do_base + far * stride_on,
-            lse_base + start, delta_base + start, stride_qn, stride_on, 0, start, end, 0,
+            lse_base + row, delta_base + row, stride_qn, stride_on, 0, 0, left, 0,
             scale_log2, D, D1, D2, BLOCK_M, True, False, UPCAST,
         )  # fmt: skip
     dk_base = dk_ptr + (first * heads + head) * D
