@@ -130,3 +130,24 @@ def test_development_requirements_are_pinned() -> None:
     needs = [line for line in lines if line and not line.startswith("#")]
     assert all(re.match(r"^[\w-]+==[\w.]+(;|$)", need) for need in needs)
     assert [need for need in needs if need.startswith("torch==")] == ["torch==2.13.0"]
+
+
+def test_importing_the_package_imports_no_compiler() -> None:
+    """torch._dynamo alone takes longer than torch and this package together."""
+    code = (
+        "import sys, torch, sora_kernels; "
+        "print([m for m in ('torch._dynamo', 'triton', 'sympy', 'diffusers') if m in sys.modules])"
+    )
+    result = run([sys.executable, "-c", code], ROOT)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_the_mark_of_a_constant_result_is_that_of_torch() -> None:
+    import torch
+
+    from sora_kernels.ops.packed_attention.config import _capability
+
+    def marked() -> None: ...
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked) == vars(_capability)

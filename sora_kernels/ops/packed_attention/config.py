@@ -85,9 +85,13 @@ def choose_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
     return Config(fwd, dq, dkv, dim1, dim2)
 
 
-@torch.compiler.assume_constant_result
 def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
+
+
+# What torch.compiler.assume_constant_result does; that one imports all of torch._dynamo, which
+# takes longer than everything else in this package.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def chip_of(q: Tensor) -> tuple[int, int] | None:
