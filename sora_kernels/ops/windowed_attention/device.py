@@ -109,9 +109,9 @@ def plan(
     empty = outside | (high_t <= low_t)
     blocks = blocks_c + tl.where(empty, 0, (layers - 1) * per_layer + per_last_layer)
     return blocks, (
-        blocks_a, blocks_b, blocks_c, end_a, begin_b, length, begin_c, end_c, first,
-        a * h * w, across, b * w, along, width, layers - 1, runs - 1, extent_t, extent_h, last_t,
-        last_h, tl.maximum(per_layer, 1), tl.maximum(per_run, 1), tl.maximum(per_last_run, 1),
+        blocks_a, blocks_b, blocks_c, end_a, begin_b - blocks_a * BLOCK, length,
+        begin_c - blocks_b * BLOCK, end_c, first, a * h * w, across, b * w, along, width,
+        layers - 1, runs - 1, extent_t, extent_h, last_t, last_h, tl.maximum(per_layer, 1),
     )  # fmt: skip
 
 
@@ -123,25 +123,26 @@ def block_at(x, where, BLOCK: tl.constexpr):
     finds it too; so it is with the last run of a layer.
     """
     (
-        blocks_a, blocks_b, blocks_c, end_a, begin_b, end_b, begin_c, end_c, first, layer_step,
+        blocks_a, blocks_b, blocks_c, end_a, shift_b, end_b, shift_c, end_c, first, layer_step,
         across, run_step, along, width, last_layer, last_run, extent_t, extent_h, last_t, last_h,
-        per_layer, per_run, per_last_run,
+        per_layer,
     ) = where  # fmt: skip
     y = tl.maximum(x - blocks_c, 0)
     i = y // per_layer
     y -= i * per_layer
     ta = tl.where(i == last_layer, last_t, extent_t)
-    per = tl.where(i == last_layer, per_last_run, per_run)
+    per = tl.maximum(tl.cdiv(ta * extent_h * width, BLOCK), 1)
     j = y // per
     tb = tl.where(j == last_run, last_h, extent_h)
     begin = first + i * layer_step + ta * (across + j * run_step + tb * along)
     end = begin + ta * tb * width
     row = begin + (y - j * per) * BLOCK
 
-    row = tl.where(x < blocks_c, begin_c + (x - blocks_b) * BLOCK, row)
-    end = tl.where(x < blocks_c, end_c, end)
-    row = tl.where(x < blocks_b, begin_b + (x - blocks_a) * BLOCK, row)
-    end = tl.where(x < blocks_b, end_b, end)
-    row = tl.where(x < blocks_a, x * BLOCK, row)
-    end = tl.where(x < blocks_a, end_a, end)
+    # The other three are contiguous, so their rows are a shift away from x * BLOCK.
+    shift = tl.where(x < blocks_b, shift_b, shift_c)
+    last = tl.where(x < blocks_b, end_b, end_c)
+    shift = tl.where(x < blocks_a, 0, shift)
+    last = tl.where(x < blocks_a, end_a, last)
+    row = tl.where(x < blocks_c, x * BLOCK + shift, row)
+    end = tl.where(x < blocks_c, last, end)
     return row, end - row
