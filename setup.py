@@ -37,7 +37,14 @@ if IS_X86:
     )
     ISA_FLAGS["avx512_bf16"] = ISA_FLAGS["avx512"] + " -mavx512bf16"
 # Kernel files for which the bf16 conversion of that last one is worth another compilation.
-BF16_KERNELS = ("norm_modulate_kernels", "qk_norm_rope_kernels")
+BF16_KERNELS = (
+    "bias_gelu_kernels",
+    "guided_step_kernels",
+    "norm_modulate_kernels",
+    "norm_silu_group_kernels",
+    "norm_silu_rms_kernels",
+    "qk_norm_rope_kernels",
+)
 # -ffp-contract=off: a fused multiply-add would skip a rounding that a law may ask for.
 CXX_FLAGS = (
     "-O3 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas "

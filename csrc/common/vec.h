@@ -218,6 +218,27 @@ inline Vec round_to(Vec v, const T* type) {
   return widen(narrow(v, type), type);
 }
 
+// x * y + z and z - x * y with one rounding where the instruction set has it, for sums that no law
+// describes.
+inline Vec mul_add(Vec x, Vec y, Vec z) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+#else
+  return x * y + z;
+#endif
+}
+inline Vec sub_mul(Vec z, Vec x, Vec y) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fnmadd_ps((__m512)x, (__m512)y, (__m512)z);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fnmadd_ps((__m256)x, (__m256)y, (__m256)z);
+#else
+  return z - x * y;
+#endif
+}
+
 inline float sum(Vec v) {  // fixed order: halves, then halves of halves
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);

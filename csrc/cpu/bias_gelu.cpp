@@ -25,7 +25,7 @@ Tensor forward(Tensor x, Optional bias) {
   Tensor y = empty(x, {x.size(0), x.size(1), a.width}, x.scalar_type());
   a.y = data(y);
   torch::stable::parallel_for(0, a.tokens, 1 + 16384 / (a.width + 1), [&](int64_t b, int64_t e) {
-    SORA_CALL_KERNEL(bias_gelu_fwd, a, b, e);
+    SORA_CALL_KERNEL_BF16(bias_gelu_fwd, a, b, e);
   });
   return y;
 }
@@ -48,12 +48,12 @@ std::tuple<Tensor, Tensor> backward(Tensor dy, Tensor x, Optional bias, bool nee
     a.dbias_partial = data<float>(partial);
   }
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) {
-    SORA_CALL_KERNEL(bias_gelu_bwd, a, b, e);
+    SORA_CALL_KERNEL_BF16(bias_gelu_bwd, a, b, e);
   });
   if (need_dbias) {
     torch::stable::parallel_for(0, (a.width + kGeluColumns - 1) / kGeluColumns, 1,
                                 [&](int64_t b, int64_t e) {
-                                  SORA_CALL_KERNEL(bias_gelu_bwd_finish, a, b, e);
+                                  SORA_CALL_KERNEL_BF16(bias_gelu_bwd_finish, a, b, e);
                                 });
   }
   return {dx, dbias};

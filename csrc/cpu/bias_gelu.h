@@ -31,6 +31,6 @@ constexpr int64_t kGeluColumns = 512;  // columns per unit of its second stage
 
 }  // namespace sora
 
-SORA_DECLARE_KERNEL(bias_gelu_fwd(const sora::BiasGeluFwd&, int64_t begin, int64_t end))
-SORA_DECLARE_KERNEL(bias_gelu_bwd(const sora::BiasGeluBwd&, int64_t begin, int64_t end))
-SORA_DECLARE_KERNEL(bias_gelu_bwd_finish(const sora::BiasGeluBwd&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL_BF16(bias_gelu_fwd(const sora::BiasGeluFwd&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL_BF16(bias_gelu_bwd(const sora::BiasGeluBwd&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL_BF16(bias_gelu_bwd_finish(const sora::BiasGeluBwd&, int64_t begin, int64_t end))

@@ -2,9 +2,8 @@
 #include "bias_gelu.h"
 
 #include "grouped_sum.h"
-#include "scratch.h"
-#include "tanh.h"
-#include "vec.h"
+#include "pair.h"
+#include "sigmoid.h"
 
 namespace sora::SORA_ISA {
 namespace {
@@ -14,64 +13,69 @@ static_assert(kBlockTokens == kGeluBlock && kColumns == kGeluColumns);
 constexpr float kTwoC = 1.5957691216f;   // 2 sqrt(2 / pi)
 constexpr float kCubic = 0.071354816f;   // 2 sqrt(2 / pi) * 0.044715
 
-// s = (1 + tanh(z)) / 2 = 1 / (1 + e^-2z), for 2z = u (kTwoC + kCubic u^2), and s (1 - s). From the
-// smaller of s and 1 - s, in which nothing cancels.
-struct HalfGate {
-  Vec s, slope;
-};
+// s = (1 + tanh(z)) / 2 = sigmoid(2z), 2z = u (kTwoC + kCubic u^2), and 1 - s.
+inline Gate half_gate(Vec u, Vec square) {
+  return gate_of(u * mul_add(splat(kExponent * kCubic), square, splat(kExponent * kTwoC)));
+}
+inline Vec gelu(Vec u) { return u * half_gate(u, u * u).s; }
+inline Pair gelu(Pair u) { return {gelu(u.a), gelu(u.b)}; }
 
-inline HalfGate half_gate(Vec u, Vec square) {
-  const Vec twice = u * (splat(kTwoC) + splat(kCubic) * square);
-  const Vec a = (Vec)((UVec)twice & 0x7fffffffu);
-  const Vec bounded = select((IVec)(a < splat(80.0f)), a, splat(80.0f));
-  const Vec small = splat(1.0f) / (splat(1.0f) + exp_positive(bounded));
-  const Vec large = splat(1.0f) - small;
-  return {select((IVec)(twice < splat(0.0f)), small, large), small * large};
+// s + u s (1 - s) (2z)'
+inline Vec gelu_slope(Vec u) {
+  const Vec square = u * u;
+  const Gate g = half_gate(u, square);
+  const Vec inner = u * mul_add(splat(3.0f * kCubic), square, splat(kTwoC));
+  return mul_add(g.s * g.rest, inner, g.s);
+}
+inline Pair gelu_slope(Pair u) { return {gelu_slope(u.a), gelu_slope(u.b)}; }
+
+// The bias in the order of pairs of T, or null.
+template <class T>
+const float* arranged_bias(const BiasGelu& a, Scratch& scratch) {
+  if (!a.bias) return nullptr;
+  float* row = scratch.row();
+  arrange<T>(row, a.bias, a.width);
+  return row;
 }
 
 template <class Io, class T>
-inline Vec biased(const T* x, const float* bias, int64_t d, Io io) {
-  const Vec v = io.get(x + d);
-  return bias ? v + io.get(bias + d) : v;
+inline Pair biased(const T* x, const float* bias, int64_t d, Io io) {
+  const Pair v = io.get(x + d);
+  return bias ? v + load_pair(bias + d) : v;
 }
 
 template <class T>
 void forward(const BiasGeluFwd& a, int64_t begin, int64_t end) {
-  const float* bias = a.bias;
+  Scratch scratch(a.width, 1);
+  const float* bias = arranged_bias<T>(a, scratch);
   for (int64_t n = begin; n < end; ++n) {
     const T* x = token_row<T>(a.x, n);
-    write_row(static_cast<T*>(a.y) + n * a.width, a.width, a.stream, [&](int64_t d, auto io) {
-      const Vec u = biased(x, bias, d, io);
-      return u * half_gate(u, u * u).s;
-    });
+    write_pairs(static_cast<T*>(a.y) + n * a.width, a.width, a.stream,
+                [&](int64_t d, auto io) { return gelu(biased(x, bias, d, io)); });
   }
   if (a.stream) stream_fence();
 }
 
-// dx = dy (s + u s (1 - s) (2z)'), with s the half gate; dbias += dx.
+// dx = dy times the slope; dbias += dx.
 template <class T>
 void backward(const BiasGeluBwd& a, int64_t begin, int64_t end) {
-  Scratch scratch(a.width, 1);
+  Scratch scratch(a.width, 2);
+  const float* bias = arranged_bias<T>(a, scratch);
   float* dbias = a.dbias_partial ? scratch.row() : nullptr;
-  const float* bias = a.bias;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * kBlockTokens;
     const int64_t stop = start + kBlockTokens < a.tokens ? start + kBlockTokens : a.tokens;
-    if (dbias) std::memset(dbias, 0, a.width * sizeof(float));
+    if (dbias) std::memset(dbias, 0, whole_pairs(a.width) * sizeof(float));
     for (int64_t n = start; n < stop; ++n) {
       const T* x = token_row<T>(a.x, n);
       const T* dy = token_row<T>(a.dy, n);
-      write_row(static_cast<T*>(a.dx) + n * a.width, a.width, a.stream, [&](int64_t d, auto io) {
-        const Vec u = biased(x, bias, d, io);
-        const Vec square = u * u;
-        const HalfGate gate = half_gate(u, square);
-        const Vec inner = u * (splat(kTwoC) + splat(3.0f * kCubic) * square);
-        const Vec dx = io.get(dy + d) * (gate.s + gate.slope * inner);
-        if (dbias) io.put(dbias + d, io.get(dbias + d) + dx);
+      write_pairs(static_cast<T*>(a.dx) + n * a.width, a.width, a.stream, [&](int64_t d, auto io) {
+        const Pair dx = io.get(dy + d) * gelu_slope(biased(x, bias, d, io));
+        if (dbias) store_pair(dbias + d, load_pair(dbias + d) + dx);
         return dx;
       });
     }
-    if (dbias) std::memcpy(a.dbias_partial + block * a.width, dbias, a.width * sizeof(float));
+    if (dbias) disarrange<T>(a.dbias_partial + block * a.width, dbias, a.width);
   }
   if (a.stream) stream_fence();
 }

@@ -50,7 +50,7 @@ Tensor forward(Tensor x, Tensor cond, Optional uncond, Tensor guidance, Tensor w
   a.out = data(out);
   a.stream = static_cast<int64_t>(out.numel() * out.element_size()) >= kStreamBytes;
   torch::stable::parallel_for(0, a.tokens, grain(a.width), [&](int64_t b, int64_t e) {
-    SORA_CALL_KERNEL(guided_step_fwd, a, b, e);
+    SORA_CALL_KERNEL_BF16(guided_step_fwd, a, b, e);
   });
   return out;
 }
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor guidance, Tensor weight,
   a.duncond = needs & 2 ? data(duncond) : nullptr;
   a.stream = static_cast<int64_t>(dout.numel() * dcond.element_size()) >= kStreamBytes;
   torch::stable::parallel_for(0, a.tokens, grain(a.width), [&](int64_t b, int64_t e) {
-    SORA_CALL_KERNEL(guided_step_bwd, a, b, e);
+    SORA_CALL_KERNEL_BF16(guided_step_bwd, a, b, e);
   });
   return {dcond, duncond};
 }

@@ -32,5 +32,5 @@ struct GuidedStepBwd : GuidedStep {
 
 }  // namespace sora
 
-SORA_DECLARE_KERNEL(guided_step_fwd(const sora::GuidedStepFwd&, int64_t begin, int64_t end))
-SORA_DECLARE_KERNEL(guided_step_bwd(const sora::GuidedStepBwd&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL_BF16(guided_step_fwd(const sora::GuidedStepFwd&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL_BF16(guided_step_bwd(const sora::GuidedStepBwd&, int64_t begin, int64_t end))

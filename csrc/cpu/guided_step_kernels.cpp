@@ -27,19 +27,30 @@ void forward(const GuidedStepFwd& a, int64_t begin, int64_t end) {
   if (a.stream) stream_fence();
 }
 
+template <class T>
+inline void put(T* p, Vec v, bool past_cache, Full io) {
+  if (past_cache) stream(p, v);
+  else io.put(p, v);
+}
+template <class T>
+inline void put(T* p, Vec v, bool, Tail io) { io.put(p, v); }
+
+// Both gradients in one pass over dout.
 template <class Tx, class Tv>
 void backward(const GuidedStepBwd& a, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const int64_t row = row_of(a.rows, n);
     const Tx* dout = token_row<Tx>(a.dout, n);
-    auto scaled = [&](void* grad, float factor) {
-      if (!grad) return;
-      const Vec by = splat(factor);
-      write_row(static_cast<Tv*>(grad) + n * a.width, a.width, a.stream,
-                [&](int64_t d, auto io) { return by * io.get(dout + d); });
-    };
-    scaled(a.dcond, a.guided ? a.weight[row] * a.guidance[row] : a.weight[row]);
-    scaled(a.duncond, a.weight[row] * (1.0f - a.guidance[row]));
+    Tv* dcond = a.dcond ? static_cast<Tv*>(a.dcond) + n * a.width : nullptr;
+    Tv* duncond = a.duncond ? static_cast<Tv*>(a.duncond) + n * a.width : nullptr;
+    const float weight = a.weight[row], guidance = a.guided ? a.guidance[row] : 1.0f;
+    const Vec by_cond = splat(weight * guidance), by_uncond = splat(weight * (1.0f - guidance));
+    const bool past = a.stream && (!dcond || can_stream(dcond)) && (!duncond || can_stream(duncond));
+    for_row(a.width, [&](int64_t d, auto io) {
+      const Vec v = io.get(dout + d);
+      if (dcond) put(dcond + d, by_cond * v, past, io);
+      if (duncond) put(duncond + d, by_uncond * v, past, io);
+    });
   }
   if (a.stream) stream_fence();
 }

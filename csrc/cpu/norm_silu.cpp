@@ -2,6 +2,7 @@
 // second stage of the reductions, in double and in fixed order.
 #include "norm_silu.h"
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 
@@ -40,6 +41,15 @@ Tensor allocate(const Tensor& x, bool last, Regions& regions) {
   return t;
 }
 
+// Positions of a block. Where channels come first, a block is stretches of memory as long as the
+// cache of a core allows.
+int64_t block_of(int64_t width, int64_t groups, bool last) {
+  if (last) return kNormSiluBlock;
+  if (groups > 0) return kNormSiluLongBlock;
+  const int64_t positions = kNormSiluCached / (width + 1) / kNormSiluBlock * kNormSiluBlock;
+  return std::clamp(positions, kNormSiluBlock, 8 * kNormSiluBlock);
+}
+
 void fill(NormSilu& a, const Tensor& x, const Optional& weight, const Optional& bias,
           int64_t groups, double floor, bool silu, bool last,
           std::vector<std::vector<float>>& keep) {
@@ -50,7 +60,7 @@ void fill(NormSilu& a, const Tensor& x, const Optional& weight, const Optional& 
   a.regions = x.size(0) * x.size(1);
   a.length = x.size(2);
   a.width = x.size(3);
-  a.block = groups > 0 && !last ? kNormSiluLongBlock : kNormSiluBlock;
+  a.block = block_of(a.width, groups, last);
   a.blocks = (a.length + a.block - 1) / a.block;
   a.groups = groups;
   STD_TORCH_CHECK(groups >= 0 && (groups == 0 || a.width % groups == 0),
@@ -74,32 +84,77 @@ int64_t positions_of(const NormSilu& a, int64_t block) {
   return rest < a.block ? rest : a.block;
 }
 
-// Statistics of every group from those of its channels in every block (Chan, Golub, LeVeque 1979).
-void merge_stats(const NormSiluFwd& a) {
-  const int64_t size = a.width / a.groups;
+// GroupNorm in channels first layout can be done group by group if there are enough groups for all
+// threads: what the second pass reads is then in the cache, as far as it fits. Both ways give the
+// same bits.
+bool group_by_group(const NormSilu& a) {
+  return !a.last && a.regions * a.groups >= 2 * static_cast<int64_t>(torch::stable::get_num_threads());
+}
+
+// Calls body(region, group) for all of them.
+template <class Body>
+void for_groups(const NormSilu& a, Body&& body) {
   torch::stable::parallel_for(0, a.regions * a.groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t region = unit / a.groups, first = unit % a.groups * size;
-      const double count = static_cast<double>(a.length * size);
-      double mean = 0, m2 = 0;
-      for (int64_t k = 0; k < a.blocks; ++k) {
-        const float* block = a.block_mean + (region * a.blocks + k) * a.width + first;
-        double total = 0;
-        for (int64_t c = 0; c < size; ++c) total += block[c];
-        mean += total * static_cast<double>(positions_of(a, k));
-      }
-      mean /= count;
-      for (int64_t k = 0; k < a.blocks; ++k) {
-        const int64_t row = (region * a.blocks + k) * a.width + first;
-        for (int64_t c = 0; c < size; ++c) {
-          const double apart = a.block_mean[row + c] - mean;
-          m2 += a.block_m2[row + c] + apart * apart * static_cast<double>(positions_of(a, k));
-        }
-      }
-      a.mean[unit] = static_cast<float>(mean);
-      a.rstd[unit] = static_cast<float>(1.0 / std::sqrt(m2 / count + a.eps));
+    for (int64_t unit = begin; unit < end; ++unit) body(unit / a.groups, unit % a.groups);
+  });
+}
+
+NormSiluPart part_of(const NormSilu& a, int64_t region, int64_t group) {
+  const int64_t size = a.width / a.groups;
+  return {region, 0, a.blocks, group * size, (group + 1) * size};
+}
+
+// Calls body(part) for blocks of all channels.
+template <class Body>
+void for_parts(const NormSilu& a, Body&& body) {
+  for_blocks(a, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t region = begin / a.blocks, first = region * a.blocks;
+      const int64_t stop = std::min(end, first + a.blocks);
+      body(NormSiluPart{region, begin - first, stop - first, 0, a.width});
+      begin = stop;
     }
   });
+}
+
+// Statistics of a group from those of its channels in every block (Chan, Golub, LeVeque 1979).
+void merge_stats(const NormSiluFwd& a, int64_t region, int64_t group) {
+  const NormSiluPart part = part_of(a, region, group);
+  const double count = static_cast<double>(a.length * (part.channel_end - part.channel));
+  double mean = 0, m2 = 0;
+  for (int64_t k = 0; k < a.blocks; ++k) {
+    const float* block = a.block_mean + (region * a.blocks + k) * a.width;
+    double total = 0;
+    for (int64_t c = part.channel; c < part.channel_end; ++c) total += block[c];
+    mean += total * static_cast<double>(positions_of(a, k));
+  }
+  mean /= count;
+  for (int64_t k = 0; k < a.blocks; ++k) {
+    const int64_t row = (region * a.blocks + k) * a.width;
+    for (int64_t c = part.channel; c < part.channel_end; ++c) {
+      const double apart = a.block_mean[row + c] - mean;
+      m2 += a.block_m2[row + c] + apart * apart * static_cast<double>(positions_of(a, k));
+    }
+  }
+  a.mean[region * a.groups + group] = static_cast<float>(mean);
+  a.rstd[region * a.groups + group] = static_cast<float>(1.0 / std::sqrt(m2 / count + a.eps));
+}
+
+void group_forward(const NormSiluFwd& a) {
+  auto stats = [&](const NormSiluPart& p) { SORA_CALL_KERNEL_BF16(norm_silu_group_stats, a, p); };
+  auto apply = [&](const NormSiluPart& p) { SORA_CALL_KERNEL_BF16(norm_silu_group_fwd, a, p); };
+  if (group_by_group(a)) {
+    for_groups(a, [&](int64_t region, int64_t group) {
+      const NormSiluPart part = part_of(a, region, group);
+      stats(part);
+      merge_stats(a, region, group);
+      apply(part);
+    });
+  } else {
+    for_parts(a, stats);
+    for_groups(a, [&](int64_t region, int64_t group) { merge_stats(a, region, group); });
+    for_parts(a, apply);
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Optional weight, Optional bias,
@@ -115,21 +170,18 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Optional weight, Optional b
   a.mean = data<float>(mean);
   a.rstd = data<float>(rstd);
   if (groups == 0) {
-    for_blocks(a, [&](int64_t b, int64_t e) { SORA_CALL_KERNEL(norm_silu_rms_fwd, a, b, e); });
+    for_blocks(a, [&](int64_t b, int64_t e) { SORA_CALL_KERNEL_BF16(norm_silu_rms_fwd, a, b, e); });
     return {y, mean, rstd};
   }
   Tensor partial = empty(x, {2, a.regions * a.blocks, a.width}, ScalarType::Float);
   a.block_mean = data<float>(partial);
   a.block_m2 = a.block_mean + a.regions * a.blocks * a.width;
-  for_blocks(a, [&](int64_t b, int64_t e) { SORA_CALL_KERNEL(norm_silu_group_stats, a, b, e); });
-  merge_stats(a);
-  for_blocks(a, [&](int64_t b, int64_t e) { SORA_CALL_KERNEL(norm_silu_group_fwd, a, b, e); });
+  group_forward(a);
   return {y, mean, rstd};
 }
 
-// Column sums over the blocks of every region, and over all regions.
-void sum_blocks(const NormSilu& a, const float* partial, std::vector<double>* per_region,
-                float* total) {
+// Column sums of partial [R, blocks, C] over the blocks of every region, and of those over regions.
+void sum_blocks(const NormSilu& a, const float* partial, float* total) {
   constexpr int64_t columns = 64;
   torch::stable::parallel_for(
       0, (a.width + columns - 1) / columns, 1, [&](int64_t begin, int64_t end) {
@@ -143,14 +195,46 @@ void sum_blocks(const NormSilu& a, const float* partial, std::vector<double>* pe
               const float* row = partial + (region * a.blocks + k) * a.width + first;
               for (int64_t c = 0; c < n; ++c) sum[c] += row[c];
             }
-            for (int64_t c = 0; c < n; ++c) {
-              all[c] += sum[c];
-              if (per_region) (*per_region)[region * a.width + first + c] = sum[c];
-            }
+            for (int64_t c = 0; c < n; ++c) all[c] += sum[c];
           }
-          for (int64_t c = 0; total && c < n; ++c) total[first + c] = static_cast<float>(all[c]);
+          for (int64_t c = 0; c < n; ++c) total[first + c] = static_cast<float>(all[c]);
         }
       });
+}
+
+// c1 and c2 of a group from the sums of its channels in every block.
+void merge_sums(const NormSiluBwd& a, int64_t region, int64_t group) {
+  const NormSiluPart part = part_of(a, region, group);
+  const double count = static_cast<double>(a.length * (part.channel_end - part.channel));
+  double s1 = 0, s2 = 0;
+  for (int64_t k = 0; k < a.blocks; ++k) {
+    const int64_t row = (region * a.blocks + k) * a.width;
+    for (int64_t c = part.channel; c < part.channel_end; ++c) {
+      s1 += static_cast<double>(a.weight[c]) * a.sum_du[row + c];
+      s2 += static_cast<double>(a.weight[c]) * a.sum_duxhat[row + c];
+    }
+  }
+  a.c1[region * a.groups + group] = static_cast<float>(s1 / count);
+  a.c2[region * a.groups + group] = static_cast<float>(s2 / count);
+}
+
+void group_backward(const NormSiluBwd& a) {
+  auto sums = [&](const NormSiluPart& p) { SORA_CALL_KERNEL_BF16(norm_silu_group_sums, a, p); };
+  auto apply = [&](const NormSiluPart& p) { SORA_CALL_KERNEL_BF16(norm_silu_group_bwd, a, p); };
+  if (!a.out.data) {
+    for_parts(a, sums);
+  } else if (group_by_group(a)) {
+    for_groups(a, [&](int64_t region, int64_t group) {
+      const NormSiluPart part = part_of(a, region, group);
+      sums(part);
+      merge_sums(a, region, group);
+      apply(part);
+    });
+  } else {
+    for_parts(a, sums);
+    for_groups(a, [&](int64_t region, int64_t group) { merge_sums(a, region, group); });
+    for_parts(a, apply);
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd,
@@ -177,39 +261,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor mean, Te
   if (needs & 4 || groups) a.sum_du = sums;
   if (needs & 2 || groups) a.sum_duxhat = sums + size;
 
-  std::vector<double> region_du, region_duxhat;
+  std::vector<float> means(2 * a.regions * groups);
+  a.c1 = means.data();
+  a.c2 = a.c1 + a.regions * groups;
   if (groups == 0) {
-    for_blocks(a, [&](int64_t b, int64_t e) { SORA_CALL_KERNEL(norm_silu_rms_bwd, a, b, e); });
+    for_blocks(a, [&](int64_t b, int64_t e) { SORA_CALL_KERNEL_BF16(norm_silu_rms_bwd, a, b, e); });
   } else {
-    region_du.resize(a.regions * a.width);
-    region_duxhat.resize(a.regions * a.width);
-    for_blocks(a, [&](int64_t b, int64_t e) { SORA_CALL_KERNEL(norm_silu_group_sums, a, b, e); });
+    group_backward(a);
   }
-  if (a.sum_du)
-    sum_blocks(a, a.sum_du, groups ? &region_du : nullptr,
-               needs & 4 ? data<float>(dbias) : nullptr);
-  if (a.sum_duxhat)
-    sum_blocks(a, a.sum_duxhat, groups ? &region_duxhat : nullptr,
-               needs & 2 ? data<float>(dweight) : nullptr);
-  if (groups == 0 || !(needs & 1)) return {dx, dweight, dbias};
-
-  std::vector<float> c1(a.regions * groups), c2(a.regions * groups);
-  const int64_t per_group = a.width / groups;
-  const double count = static_cast<double>(a.length * per_group);
-  for (int64_t unit = 0; unit < a.regions * groups; ++unit) {
-    const int64_t first = unit / groups * a.width + unit % groups * per_group;
-    double s1 = 0, s2 = 0;
-    for (int64_t c = 0; c < per_group; ++c) {
-      const double w = a.weight[unit % groups * per_group + c];
-      s1 += w * region_du[first + c];
-      s2 += w * region_duxhat[first + c];
-    }
-    c1[unit] = static_cast<float>(s1 / count);
-    c2[unit] = static_cast<float>(s2 / count);
-  }
-  a.c1 = c1.data();
-  a.c2 = c2.data();
-  for_blocks(a, [&](int64_t b, int64_t e) { SORA_CALL_KERNEL(norm_silu_group_bwd, a, b, e); });
+  if (needs & 4) sum_blocks(a, a.sum_du, data<float>(dbias));
+  if (needs & 2) sum_blocks(a, a.sum_duxhat, data<float>(dweight));
   return {dx, dweight, dbias};
 }
 

@@ -1,8 +1,8 @@
 // silu(norm(x) * weight + bias), forward and backward: what the binding (norm_silu.cpp) and the
-// kernels (norm_silu_kernels.cpp) say to each other.
+// kernels (norm_silu_rms_kernels.cpp, norm_silu_group_kernels.cpp) say to each other.
 //
 // Tensors are [B, F, L, C] with unit stride along C (channels last) or L (channels first). A region
-// is one (b, f); positions of a region are cut into blocks, the unit of work.
+// is one (b, f); positions of a region are cut into blocks, the unit of work and of partial sums.
 // Statistics are per position (RMS over C) or per region and group of channels (GroupNorm).
 #pragma once
 #include <cstdint>
@@ -12,8 +12,9 @@
 
 namespace sora {
 
-constexpr int64_t kNormSiluBlock = 128;  // positions
-constexpr int64_t kNormSiluLongBlock = 2048;  // GroupNorm, channels first: long stretches of memory
+constexpr int64_t kNormSiluBlock = 128;        // positions
+constexpr int64_t kNormSiluLongBlock = 2048;   // GroupNorm, channels first: long stretches of memory
+constexpr int64_t kNormSiluCached = 32 * 1024;  // elements of a block of RMS, channels first
 
 struct Regions {
   const void* data = nullptr;
@@ -47,12 +48,18 @@ struct NormSiluBwd : NormSilu {
   float* c2;
 };
 
+// Some blocks of some channels of a region.
+struct NormSiluPart {
+  int64_t region, block, block_end;
+  int64_t channel, channel_end;  // whole groups; all channels where they come last
+};
+
 }  // namespace sora
 
-// All take blocks [begin, end) of all regions.
-SORA_DECLARE_KERNEL(norm_silu_rms_fwd(const sora::NormSiluFwd&, int64_t begin, int64_t end))
-SORA_DECLARE_KERNEL(norm_silu_group_stats(const sora::NormSiluFwd&, int64_t begin, int64_t end))
-SORA_DECLARE_KERNEL(norm_silu_group_fwd(const sora::NormSiluFwd&, int64_t begin, int64_t end))
-SORA_DECLARE_KERNEL(norm_silu_rms_bwd(const sora::NormSiluBwd&, int64_t begin, int64_t end))
-SORA_DECLARE_KERNEL(norm_silu_group_sums(const sora::NormSiluBwd&, int64_t begin, int64_t end))
-SORA_DECLARE_KERNEL(norm_silu_group_bwd(const sora::NormSiluBwd&, int64_t begin, int64_t end))
+// RMS: blocks [begin, end) of all regions.
+SORA_DECLARE_KERNEL_BF16(norm_silu_rms_fwd(const sora::NormSiluFwd&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL_BF16(norm_silu_rms_bwd(const sora::NormSiluBwd&, int64_t begin, int64_t end))
+SORA_DECLARE_KERNEL_BF16(norm_silu_group_stats(const sora::NormSiluFwd&, const sora::NormSiluPart&))
+SORA_DECLARE_KERNEL_BF16(norm_silu_group_fwd(const sora::NormSiluFwd&, const sora::NormSiluPart&))
+SORA_DECLARE_KERNEL_BF16(norm_silu_group_sums(const sora::NormSiluBwd&, const sora::NormSiluPart&))
+SORA_DECLARE_KERNEL_BF16(norm_silu_group_bwd(const sora::NormSiluBwd&, const sora::NormSiluPart&))
