@@ -15,8 +15,8 @@ from ...aot import AotCase
 from .._device import load_f32
 from .._launch import launch
 from . import config
+from .device import affine, case, load_tile, new_result, store_tile, strides_of
 from .kernels_bwd import aot_cases_bwd, backward
-from .tiles import affine, case, load_tile, new_result, store_tile, strides_of
 
 __all__ = ["aot_cases", "backward", "forward"]
 

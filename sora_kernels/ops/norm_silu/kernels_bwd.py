@@ -11,7 +11,7 @@ from ...aot import AotCase
 from .._device import load_f32
 from .._launch import launch
 from . import config
-from .tiles import affine, case, load_tile, new_result, store_tile, strides_of
+from .device import affine, case, load_tile, new_result, store_tile, strides_of
 
 # Which gradients the backward computes; the bits of `needs`.
 DX, DWEIGHT, DBIAS = 1, 2, 4
