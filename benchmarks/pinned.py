@@ -22,9 +22,9 @@ PINNED = {
 QUIET = {"KINETO_LOG_LEVEL": "6"}
 
 
-def pin(argv: Sequence[str]) -> None:
-    """Re-executes ``python -m benchmarks argv`` in that environment, unless already in it."""
+def pin(argv: Sequence[str], module: str = "benchmarks") -> None:
+    """Re-executes ``python -m module argv`` in that environment, unless already in it."""
     wanted = {**QUIET, **PINNED}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
-        command = [sys.executable, "-m", "benchmarks", *argv]
+        command = [sys.executable, "-m", module, *argv]
         os.execve(sys.executable, command, {**os.environ, **wanted})

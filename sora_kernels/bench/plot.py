@@ -23,7 +23,8 @@ def _colours(providers: Iterable[str]) -> dict[str, str]:
     return {p: COLOURS[p] if p in COLOURS else next(others) for p in providers}
 
 
-def _caption(report: Mapping[str, Any]) -> str:
+def caption(report: Mapping[str, Any]) -> str:
+    """Where and when a report was measured, in one line."""
     env = report["env"]
     where = env.get("gpu") or f"{env.get('cpu')}, {env.get('threads')} threads"
     commit = (env.get("commit") or "no commit")[:10]
@@ -35,7 +36,8 @@ def _caption(report: Mapping[str, Any]) -> str:
     )
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Writes a figure beside ``path`` and renames."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".png")
     os.close(handle)
     try:
@@ -85,8 +87,8 @@ def _bars(
     axes.spines[["top", "right"]].set_visible(False)
     handles = [axes.barh(0, 0, color=colours[p]) for p in providers]
     axes.legend(handles, providers, fontsize=7, loc="best", frameon=False)
-    figure.text(0.01, -0.01, _caption(report), fontsize=6, color="#57606a")
-    return _save(figure, path)
+    figure.text(0.01, -0.01, caption(report), fontsize=6, color="#57606a")
+    return save(figure, path)
 
 
 def _cases(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
