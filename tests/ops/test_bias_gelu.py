@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -112,6 +117,31 @@ def test_threads_do_not_change_a_bit() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_other_instruction_sets(isa: str) -> None:
+    """The choice is made once per process, so each gets a process of its own."""
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from tests.ops.test_bias_gelu import DTYPES, compare, randn\n"
+        "for dtype in DTYPES:\n"
+        "    for width in (63, 96):\n"
+        "        x, dy = randn(35, width, dtype=dtype), randn(35, width, dtype=dtype, seed=1)\n"
+        "        compare(3 * x, randn(width, seed=2), dy, 'native')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"SORA_KERNELS_ISA": isa},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_error_of_the_gradient_is_an_ulp() -> None:
+    x = torch.linspace(-8, 8, 20001)[None]
+    got = run(x, None, torch.ones_like(x), "native")[1]
+    exact = run(x.double(), None, torch.ones_like(x).double(), "reference")[1]
+    assert (got.double() - exact).abs().max().item() < 2e-7  # PyTorch's formula: 1e-6
 
 
 def test_reference_gradients() -> None:

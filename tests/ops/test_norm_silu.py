@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,7 +225,7 @@ def test_threads_do_not_change_bits(norm: str) -> None:
         full = make(1, 24, 3, 20, 30, last=last)
         results = []
         try:
-            for count in (1, 2, 3):
+            for count in (1, 2, 3):  # from 2 on too few groups to run group by group
                 torch.set_num_threads(count)
                 with use_backend("native"):
                     results.append(run(full, randn(1, 24, 3, 20, 30, seed=4), **NORMS[norm]))
@@ -229,6 +233,24 @@ def test_threads_do_not_change_bits(norm: str) -> None:
             torch.set_num_threads(threads)
         for other in results[1:]:
             assert all(torch.equal(results[0][k], other[k]) for k in other)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_other_instruction_sets(isa: str) -> None:
+    """The choice is made once per process, so each gets a process of its own."""
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from tests.ops.test_norm_silu import NORMS, compare, make\n"
+        "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
+        "    for last in (False, True):\n"
+        "        for norm in NORMS.values():\n"
+        "            compare('native', make(1, 33, 2, 9, 11, last=last, dtype=dtype), **norm)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"SORA_KERNELS_ISA": isa},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("norm", ["rms", "l2", "group per frame"])
