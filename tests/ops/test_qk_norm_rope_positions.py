@@ -1,4 +1,4 @@
-"""Positions that kernels compute from a layout's grids: the same bits as from an index per token."""
+"""Positions that kernels compute from a layout's grids: the bits are those of an index per token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def segments() -> list[list[Text | Grid]]:
 
 
 def indexed(rope: Rope, layout: PackedLayout) -> Rope:
-    """The same tables, and rows that are looked up: found by position, not by arithmetic on grids."""
+    """The same tables, and rows found by looking for the position."""
     row_of = {x: i for i, x in reversed(list(enumerate(layout._host.positions().tolist())))}
     coordinates, part_of = layout.coordinates().tolist(), layout.part_of_token.tolist()
     parts = [*layout.parts, *[Text(0)] * (layout.num_parts - len(layout.parts))]

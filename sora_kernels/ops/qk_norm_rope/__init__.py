@@ -59,7 +59,8 @@ def qk_norm_rope(
             ``k_rope`` is given.
         q_weight: scale of the norm, ``[D]``, or ``[Hq * D]`` for ``rms_full``; any float dtype.
         k_weight: the same for k.
-        rope: tables and positions, of N (dense: L, or B * L) tokens. The first r components of a
+        rope: tables and positions, of N (dense: L, or B * L) tokens; those of ``layout.rope`` are
+            computed in the kernel from the part grids. The first r components of a
             head are rotated, r = ``sum(rope.axes)``, the rest pass through. ``cos`` and ``sin``
             are ``[P, r/2]``, or ``[P, H, r/2]`` for angles that differ per head (Mochi, LTX).
             None: norm only.
