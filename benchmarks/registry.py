@@ -104,17 +104,15 @@ def forward(function: Callable[..., object]) -> Provider:
 def backward(function: Callable[..., object], grads: Sequence[str]) -> Provider:
     """A provider that times the backward alone: the graph is recorded once, outside the clock.
 
-    The upstream gradients are random, the same for every provider of a case, and dense.
+    The upstream gradients are random, the same for every provider of a case, and dense in the
+    memory format of the result, as the layer above would give them.
     """
 
     def build(inputs: Inputs) -> Run:
         leaves = {name: inputs[name].detach().requires_grad_() for name in grads}
         outputs = tensors_of(function(**{**inputs, **leaves}))
         generator = torch.Generator(device=outputs[0].device).manual_seed(1)
-        upstream = [
-            torch.randn(o.shape, dtype=o.dtype, device=o.device, generator=generator)
-            for o in outputs
-        ]
+        upstream = [torch.empty_like(o).normal_(generator=generator) for o in outputs]
         wanted = list(leaves.values())
         return lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)
 
