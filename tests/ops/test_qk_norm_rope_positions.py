@@ -1,4 +1,4 @@
-"""Positions that kernels compute from a layout's grids: the bits are those of an index per token."""
+"""Positions computed in the kernel from a layout's grids: the bits of an index per token."""
 
 from __future__ import annotations
 
