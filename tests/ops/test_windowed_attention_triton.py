@@ -83,7 +83,7 @@ def formula(grid: SegmentGrid, number: int, window: Window, block: int, inverse:
     return sum(-(-(stop - first) // block) for first, stop in alone + joined)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(layouts(), windows(), st.sampled_from([1, 4, 16]), st.booleans())
 def test_blocks_hold_what_the_mask_says_once_each(
     layout: PackedLayout, window: Window, block: int, inverse: bool
@@ -130,12 +130,12 @@ def test_a_long_video_reads_its_window_alone(inverse: bool) -> None:
 # Few programs: a block of the interpreter takes 40 ms. Every axis has a partial tile somewhere.
 VIDEO = [Text(3), Grid(3, 3, 2, tile=(2, 2, 2)), Grid(1, 1, 2, given=True)]
 WIDE = [Grid(1, 2, 7, tile=(1, 2, 3))]
-FRAMES = [Grid(4, 2, 2, tile=(1, 2, 1)), Text(2)]
+FRAMES = [Grid(3, 2, 2, tile=(1, 2, 1)), Text(2)]
 IMAGE = [Grid(1, 7, 9, tile=(1, 4, 5))]  # two blocks per tile
 # Parts; window; heads, key heads, head dim; dtype.
 CASES: dict[str, tuple[list[Any], Window, int, int, int, str]] = {
     "clamped": ([FRAMES, WIDE, [Text(5)]], Window((3, 1, 1)), 1, 1, 64, "fp32"),
-    "truncated": ([WIDE, IMAGE], Window((1, 1, 3), "truncate"), 1, 1, 16, "fp32"),
+    "truncated": ([WIDE, IMAGE], Window((1, 3, 1), "truncate"), 1, 1, 16, "fp32"),
     "gqa": ([VIDEO], Window((1, 1, 3)), 2, 1, 72, "fp16"),
     "causal-sink": ([FRAMES], Window((2, 1, 1), causal=True, sink=1), 1, 1, 96, "fp16"),
     "sink": ([FRAMES, VIDEO], Window((1, 1, 1), sink=2), 1, 1, 16, "bf16"),
@@ -233,8 +233,9 @@ def test_a_segment_computes_the_same_bits_in_any_pack() -> None:
 
 def test_three_runs_and_a_capacity_give_the_same_bits() -> None:
     window = Window((2, 1, 3), causal=True)
-    layout = PackedLayout([FRAMES], order="tile")
-    roomy = PackedLayout([FRAMES], order="tile", capacity=Capacity(24, segments=3, blocks=12))
+    parts = [Grid(2, 2, 4, tile=(1, 2, 4)), Text(2)]
+    layout = PackedLayout([parts], order="tile")
+    roomy = PackedLayout([parts], order="tile", capacity=Capacity(24, segments=3, blocks=9))
     n = layout.num_tokens
     tensors = list(randn(24, 3, 1, 16, dtype=torch.float16).unbind(1))
     dout = randn(24, 1, 16, dtype=torch.float16, seed=1)

@@ -98,12 +98,13 @@ def _attend_block(
     if D2 > 0:
         k2 = _load_tile(k_block, o_n, left, stride_kn, D1, D2, D, MASKED)
         scores += _dot(q2, tl.trans(k2), UPCAST)
-    if MASKED:
+    if CAUSAL:
         columns = start + o_n
-        seen = (columns < end)[None, :]
-        if CAUSAL:
-            seen = seen & (columns[None, :] <= rows[:, None] + limit)
+        seen = (columns < end)[None, :] & (columns[None, :] <= rows[:, None] + limit)
         scores = tl.where(seen, scores, float("-inf"))
+    elif MASKED:
+        if left < BLOCK_N:  # most blocks are whole: saves a compare and a select per score
+            scores = tl.where((o_n < left)[None, :], scores, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
     if CAUSAL:  # a row that has seen nothing yet: -inf - -inf would be NaN
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)

@@ -67,12 +67,13 @@ def _add_dq(
         scores += _dot(q2, tl.trans(k2), UPCAST)
         dp += _dot(do2, tl.trans(v2), UPCAST)
     p = tl.exp2(scores * scale_log2 - lse[:, None])
-    if MASKED:
+    if CAUSAL:
         columns = start + o_n
-        seen = (columns < end)[None, :]
-        if CAUSAL:
-            seen = seen & (columns[None, :] <= rows[:, None] + limit)
+        seen = (columns < end)[None, :] & (columns[None, :] <= rows[:, None] + limit)
         p = tl.where(seen, p, 0.0)
+    elif MASKED:
+        if left < BLOCK_N:
+            p = tl.where((o_n < left)[None, :], p, 0.0)
     ds = p * (dp - delta[:, None])
     if not UPCAST:
         ds = ds.to(q1.dtype)
