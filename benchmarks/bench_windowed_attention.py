@@ -179,17 +179,18 @@ def cases(context: Context) -> Iterable[Case]:
         layout = shape.layout("cpu")
         pairs = layout.window_pairs(shape.window)
         share = 100 * pairs / sum(n * n for n in layout.seqlens)
-        case = f"{shape.name} {layout.num_tokens}x{shape.heads}x{shape.width} {share:.0f}% of pairs"
+        size = f"{layout.num_tokens}x{shape.heads}x{shape.width}"
+        case = f"window {shape.name} {size} {share:.0f}% of pairs"
         flops = 4 * pairs * shape.heads * shape.width
         for dtype in context.pick(quick=("fp32",), full=("bf16",) if on_cuda else ("fp32", "bf16")):
-            size = layout.num_tokens * shape.heads * shape.width * DTYPES[dtype].itemsize
+            moved = layout.num_tokens * shape.heads * shape.width * DTYPES[dtype].itemsize
             peers: dict[str, Any] = {}
             if not context.quick:
                 peers["flex_attention"] = Flex(shape.window)
                 if layout.num_tokens <= MASKED:
                     peers["per_tile"] = partial(per_tile, shape.window)
             yield from op_cases(
-                "windowed_attention",
+                "packed_attention",  # one op to its users: `--only packed_attention` shows both
                 case,
                 dtype,
                 inputs=partial(inputs, shape, dtype),
@@ -197,7 +198,7 @@ def cases(context: Context) -> Iterable[Case]:
                 plain=partial(plain, shape.window),
                 compile=False,  # library calls: there is nothing to fuse
                 peers=peers,
-                bytes={"fwd": 4 * size, "bwd": 8 * size},
+                bytes={"fwd": 4 * moved, "bwd": 8 * moved},
                 flops={"fwd": flops, "bwd": flops * 5 // 2},
                 grads=("q", "k", "v"),
             )

@@ -381,6 +381,14 @@ def test_a_compiled_region_finds_prepared_work_lists() -> None:
     with pytest.raises(Exception, match="(?s)prepare_window|exception"):
         compiled(x, fresh)
     prepare_window(fresh, (1, 3, 3), torch.empty(1, 16))
+    assert not fresh._window_works
+    with backend.use_backend("triton"):
+        prepare_window(fresh, (1, 3, 3), torch.empty(1, 16))
+        assert {side for _, _, side in fresh._window_works} == {"query", "key"}
+        made = dict(fresh._window_works)
+        q = randn(fresh.num_tokens, 1, 16).requires_grad_()
+        packed_attention(q, q, q, fresh, window=(1, 3, 3))
+        assert made.keys() == fresh._window_works.keys()
     with pytest.raises(ValueError, match="window: expected a layout"):
         prepare_window(PackedLayout([GIVEN]), (1, 3, 3), torch.empty(1, 16))
 
