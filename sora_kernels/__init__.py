@@ -1,6 +1,7 @@
 """sora_kernels: kernels for Diffusion Transformers on packed videos and images of any size."""
 
 from .backend import explain, use_backend
+from .families import accelerate, restore
 from .laws import Point
 from .ops.bias_gelu import bias_gelu
 from .ops.causal_conv_pad import causal_conv_pad
@@ -26,6 +27,7 @@ __all__ = [
     "RowMap",
     "Text",
     "Window",
+    "accelerate",
     "adaln_attention",
     "adaln_mlp",
     "bias_gelu",
@@ -41,6 +43,7 @@ __all__ = [
     "patchify",
     "qk_norm_rope",
     "qk_norm_rope_joint",
+    "restore",
     "unpatchify",
     "use_backend",
 ]
