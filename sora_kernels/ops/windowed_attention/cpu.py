@@ -201,7 +201,7 @@ def backward(
             dq[first:stop].copy_(dq_rows[at : at + stop - first])
             at += stop - first
         at = 0
-        for first, stop in keys:
+        for first, stop in keys if need_dkv else ():
             dk[first:stop].add_(dk_rows[at : at + stop - first])
             dv[first:stop].add_(dv_rows[at : at + stop - first])
             at += stop - first
