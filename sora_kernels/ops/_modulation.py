@@ -199,6 +199,17 @@ def grad_like(grad: Tensor, of: Tensor | None, need: bool) -> Tensor | None:
     return grad.to(of.dtype) if need and of is not None else None
 
 
+def is_own_gradient(dy: Tensor, shift: Tensor | None, table: Tensor | None, rows: RowMap) -> bool:
+    """Whether ``dy`` is the gradient of a shift that has a row of its own for every token."""
+    return (
+        shift is not None
+        and table is None
+        and rows.tokens_per_row == 1
+        and shift.dtype == dy.dtype
+        and shift.numel() == dy.numel()
+    )
+
+
 def table_grad(grad: Tensor, table: Tensor | None, need: bool) -> Tensor | None:
     """The gradient of a per-block table: the sum over rows of its modulation's."""
     return grad.sum(0).to(table.dtype) if need and table is not None else None

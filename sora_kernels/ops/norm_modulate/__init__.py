@@ -17,6 +17,7 @@ from .._modulation import (
     check_vector,
     choose,
     grad_like,
+    is_own_gradient,
     like_stream,
     modulation_rows,
     output_dtype,
@@ -165,11 +166,12 @@ class _NormModulate(torch.autograd.Function):
         weight, bias, shift, scale, shift_table, scale_table, shift2, scale2 = tensors
         rows, rms, _, law, _ = ctx.options
         needs_x, _, _, *needs = ctx.needs_input_grad
+        own = needs[2] and is_own_gradient(dy, shift, shift_table, rows)
         wanted = (
             needs_x,
             needs[0],
             needs[1],
-            needs[2] or needs[4],  # a table's gradient is the sum of its modulation's
+            (needs[2] and not own) or needs[4],  # a table's gradient is the sum of its modulation's
             needs[3] or needs[5],
             needs[6],
             needs[7],
@@ -197,7 +199,7 @@ class _NormModulate(torch.autograd.Function):
             None,
             grad_like(dweight, weight, needs[0]),
             grad_like(dbias, bias, needs[1]),
-            grad_like(dshift, shift, needs[2]),
+            dy.reshape(shift.shape) if own else grad_like(dshift, shift, needs[2]),
             grad_like(dscale, scale, needs[3]),
             table_grad(dshift, shift_table, needs[4]),
             table_grad(dscale, scale_table, needs[5]),
