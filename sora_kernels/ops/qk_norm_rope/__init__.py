@@ -316,7 +316,8 @@ class _QkNormRope(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         dys = [None if g is None else _dense(g) for g in grads]
-        saved, tables = list(ctx.saved_tensors[:-TABLE_TENSORS]), ctx.saved_tensors[-TABLE_TENSORS:]
+        everything = list(ctx.saved_tensors)  # once: gradient checkpointing forbids a second time
+        saved, tables = everything[:-TABLE_TENSORS], everything[-TABLE_TENSORS:]
         if ctx.rotation:
             stand_in = [dy for dy in dys[:2] if dy is not None]
             if not stand_in:
