@@ -131,13 +131,15 @@ class PackedLayout:
         order: Order = "raster",
         text_lengths: Sequence[int] | None = None,
         device: torch.device | str | None = None,
+        pad: bool = False,
     ) -> PackedLayout:
         """One segment per clip: its text, if `text_lengths` are given, then its grid.
 
         Args:
-            latent_grids: (t, h, w) of each latent clip; multiples of `patch`.
+            latent_grids: (t, h, w) of each latent clip; multiples of `patch`, unless `pad`.
             patch: latent voxels per token.
             text_lengths: text tokens of each clip.
+            pad: round sizes up to whole patches; `patchify(..., pad=...)` fills the clips up.
 
         Raises:
             ValueError: a grid is not a multiple of `patch`, or the lengths differ.
@@ -146,9 +148,9 @@ class PackedLayout:
         grids = []
         for i, size in enumerate(latent_grids):
             size = as_int_triple(f"latent_grids[{i}]", size, 1)
-            if any(n % p for n, p in zip(size, patch, strict=True)):
+            if not pad and any(n % p for n, p in zip(size, patch, strict=True)):
                 raise ValueError(f"latent_grids[{i}]: expected multiples of {patch}, got {size}")
-            t, h, w = (n // p for n, p in zip(size, patch, strict=True))
+            t, h, w = (-(-n // p) for n, p in zip(size, patch, strict=True))
             grids.append(Grid(t, h, w))
         segments: list[list[Part]] = [[grid] for grid in grids]
         if text_lengths is not None:
@@ -187,7 +189,7 @@ class PackedLayout:
             host.num_tokens, self.num_parts, 0, self.part_of_token, None, self.part_starts
         )
         self._positions = GridPositions(
-            self.part_of_token, tensors["position_table"].view(-1), host.position_columns
+            self.part_of_token, tensors["position_table"], host.position_columns
         )
         self._ropes: dict[Hashable, Rope] = {}
         self._work: dict[int, Tensor] = {}
@@ -355,6 +357,11 @@ class PackedLayout:
         other.__dict__.update(self.__dict__)
         other._upload(target)
         return other
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles: tensors over one buffer again, empty caches."""
+        self.__dict__.update(state)
+        self._upload(self.device)
 
     def shard(self, rank: int, world: int) -> LayoutShard:
         """The tokens of one rank of a context-parallel group, for row ops and RoPE.

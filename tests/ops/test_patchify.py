@@ -201,3 +201,49 @@ def test_bad_tokens_are_named(
 ) -> None:
     with pytest.raises(error, match=match):
         unpatchify(tokens, LAYOUT, channels)
+
+
+SIZES = [(3, 5, 8), (2, 4, 6), (1, 7, 3)]  # patches of (2, 2, 3): all, one and two axes are odd
+
+
+@pytest.mark.parametrize("chosen", BACKENDS)
+@pytest.mark.parametrize("pad", ["zeros", "replicate"])
+def test_odd_sizes_are_padded_at_the_end(chosen: str, pad: str) -> None:
+    layout = PackedLayout.from_grids(SIZES, patch=(2, 2, 3), order="tile", pad=True)
+    videos = [randn(2, *size, seed=i).requires_grad_() for i, size in enumerate(SIZES)]
+    filled = []
+    for x in videos:
+        for axis, p in zip((1, 2, 3), layout.patch, strict=True):
+            missing = -x.shape[axis] % p
+            last = x.narrow(axis, x.shape[axis] - 1, 1)
+            more = last if pad == "replicate" else torch.zeros_like(last)
+            x = torch.cat([x, *[more] * missing], dim=axis)
+        filled.append(x)
+    expected = expected_tokens(filled, layout)
+    upstream = randn(*expected.shape, seed=5)
+    with backend.use_backend(chosen):
+        tokens = patchify(videos, layout, pad=pad)
+        found = torch.autograd.grad(tokens, videos, upstream)
+        back = unpatchify(tokens, layout, 2, sizes=SIZES)
+    assert torch.equal(tokens, expected)
+    for mine, exact in zip(found, torch.autograd.grad(expected, videos, upstream), strict=True):
+        torch.testing.assert_close(mine, exact)
+    assert all(torch.equal(x, y) for x, y in zip(back, videos, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("match", "call"),
+    [
+        ("pad: expected one of", lambda x, lay: patchify([x], lay, pad="mirror")),
+        (r"videos\[0\]: expected", lambda x, lay: patchify([x], lay)),
+        (r"videos\[0\]: expected", lambda x, lay: patchify([x[..., :2]], lay, pad="zeros")),
+        (r"sizes\[0\]: expected less", lambda x, lay: unpatchify(
+            patchify([x], lay, pad="zeros"), lay, 1, sizes=[(1, 3, 7)])),
+        ("sizes: expected 1", lambda x, lay: unpatchify(
+            patchify([x], lay, pad="zeros"), lay, 1, sizes=[])),
+    ],
+)  # fmt: skip
+def test_bad_padding_is_named(match: str, call: Any) -> None:
+    layout = PackedLayout.from_grids([(1, 3, 5)], patch=(1, 2, 2), pad=True)
+    with pytest.raises(ValueError, match=match):
+        call(randn(1, 1, 3, 5), layout)

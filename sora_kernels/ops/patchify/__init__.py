@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import backend
@@ -20,14 +21,18 @@ _OP = "patchify"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def patchify(videos: Sequence[Tensor], layout: PackedLayout) -> Tensor:
+def patchify(videos: Sequence[Tensor], layout: PackedLayout, *, pad: str | None = None) -> Tensor:
     """Cuts videos into spacetime patches, in the token order of the layout.
 
     Args:
         videos: one ``[C, T, H, W]`` per grid part of the layout, in packed order; fp32, bf16 or
             fp16 (fp64: reference), any strides. T, H, W are exactly the part's grid times the
-            patch: nothing is padded or cropped here.
+            patch, unless ``pad`` says how smaller ones are filled up.
         layout: the pack; ``layout.patch`` is (pt, ph, pw), ``layout.order`` raster or tile.
+        pad: None refuses a video whose size is no multiple of the patch. ``"zeros"`` and
+            ``"replicate"`` (the last frame, row or column again) fill such a video up at the end
+            of each axis, by less than a patch; ``PackedLayout.from_grids(..., pad=True)`` makes
+            the layout for it. Only such videos are copied for that.
 
     Returns:
         ``[Ng, C*pt*ph*pw]`` contiguous, Ng the number of grid tokens (without text), features
@@ -37,6 +42,8 @@ def patchify(videos: Sequence[Tensor], layout: PackedLayout) -> Tensor:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
     """
     geometry = _geometry(layout)
+    if pad is not None:
+        videos = _padded(videos, geometry, pad)
     _check_videos(videos, geometry)
     chosen = backend.choose(_OP, videos[0])
     if chosen == "reference":
@@ -52,7 +59,13 @@ def patchify(videos: Sequence[Tensor], layout: PackedLayout) -> Tensor:
     return _to_tokens(chosen, list(videos), geometry)
 
 
-def unpatchify(tokens: Tensor, layout: PackedLayout, channels: int) -> list[Tensor]:
+def unpatchify(
+    tokens: Tensor,
+    layout: PackedLayout,
+    channels: int,
+    *,
+    sizes: Sequence[Sequence[int]] | None = None,
+) -> list[Tensor]:
     """The inverse of :func:`patchify`: tokens back to one video per grid part.
 
     Args:
@@ -60,15 +73,22 @@ def unpatchify(tokens: Tensor, layout: PackedLayout, channels: int) -> list[Tens
             if the pack holds text), ``stride(-1) == 1``; dtypes as for :func:`patchify`.
         layout: the pack.
         channels: C.
+        sizes: (T, H, W) of each video before ``patchify`` padded it; None = nothing was padded.
 
     Returns:
-        One contiguous ``[C, T, H, W]`` per grid part.
+        One contiguous ``[C, T, H, W]`` per grid part; of a padded one the view without padding.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype or shape.
     """
     geometry = _geometry(layout)
     _check_tokens(tokens, geometry, channels)
+    if sizes is not None:
+        whole = unpatchify(tokens, layout, channels)
+        return [
+            x[:, :t, :h, :w]
+            for x, (t, h, w) in zip(whole, _check_sizes(sizes, geometry), strict=True)
+        ]
     chosen = backend.choose(_OP, tokens)
     if chosen == "reference":
         grids, tiles = _triples(geometry)
@@ -109,6 +129,47 @@ def _triples(geometry: _Geometry) -> tuple[list[tuple[int, ...]], list[tuple[int
         return [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)]
 
     return cut(geometry.grids), cut(geometry.tiles)
+
+
+PADS = {"zeros": "constant", "replicate": "replicate"}
+
+
+def _padded(videos: Sequence[Tensor], geometry: _Geometry, pad: str) -> list[Tensor]:
+    """Videos filled up at their ends to grid times patch, where that takes less than a patch."""
+    if pad not in PADS:
+        raise ValueError(f"pad: expected one of {list(PADS)} or None, got {pad!r}")
+    filled = []
+    for x, full in zip(videos, _full_sizes(geometry), strict=False):
+        if isinstance(x, Tensor) and x.ndim == 4 and x.numel():
+            short = [n - have for n, have in zip(full, x.shape[1:], strict=True)]
+            if any(short) and all(
+                0 <= gap < p for gap, p in zip(short, geometry.patch, strict=True)
+            ):
+                x = F.pad(x, (0, short[2], 0, short[1], 0, short[0]), mode=PADS[pad])
+        filled.append(x)
+    return [*filled, *videos[len(filled) :]]
+
+
+def _full_sizes(geometry: _Geometry) -> list[tuple[int, ...]]:
+    return [
+        tuple(g * p for g, p in zip(grid, geometry.patch, strict=True))
+        for grid in _triples(geometry)[0]
+    ]
+
+
+def _check_sizes(sizes: Sequence[Sequence[int]], geometry: _Geometry) -> Sequence[Sequence[int]]:
+    full = _full_sizes(geometry)
+    if len(sizes) != len(full):
+        raise ValueError(f"sizes: expected {len(full)}, one per grid part, got {len(sizes)}")
+    for i, (size, most) in enumerate(zip(sizes, full, strict=True)):
+        if len(size) != 3 or any(
+            not m - p < n <= m for n, m, p in zip(size, most, geometry.patch, strict=True)
+        ):
+            raise ValueError(
+                f"sizes[{i}]: expected less than a patch {geometry.patch} below {most}, got "
+                f"{tuple(size)}"
+            )
+    return sizes
 
 
 def _check_videos(videos: Sequence[Tensor], geometry: _Geometry) -> None:
