@@ -66,6 +66,10 @@ def accelerate(
         report.law = _law_name(mask)
     actions: list[Callable[[], None]] = []
     for name, module, block in _blocks(model):
+        if block is None:
+            reason = f"an unknown variant of {upstream_class(module).__name__}"
+            report.entries.append(Entry(name, "", reason=reason))
+            continue
         _visit(name, module, block, mask, report, actions)
     if strict and (report.left or not report.entries):
         raise RuntimeError(f"strict: expected every site to be fused, got\n{report}")
@@ -96,11 +100,17 @@ def restore(model: nn.Module) -> int:
     return undone
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Block]]:
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Block | None]]:
+    """Every module of a known block class; None if it is a variant of it that is not known."""
     for name, module in model.named_modules():
-        block = BY_PATH.get(class_path(upstream_class(module)))
-        if block is not None:
-            yield name or "(itself)", module, block
+        rows = BY_PATH.get(class_path(upstream_class(module)))
+        if rows is not None:
+            matching = (
+                row
+                for row in rows
+                if all(getattr(module, k, None) == v for k, v in row.when.items())
+            )
+            yield name or "(itself)", module, next(matching, None)
 
 
 def _visit(
@@ -179,7 +189,7 @@ def _is_ours(processor: Any) -> bool:
     return type(processor).__module__.startswith(f"{__name__}.processors.")
 
 
-def _set_processor(attention: Any, cls: type, law: int | None) -> None:
+def _set_processor(attention: Any, cls: Any, law: int | None) -> None:
     """A processor of ``cls`` with the attributes of the one that is there."""
     made = cls.__new__(cls)
     made.__dict__.update({k: v for k, v in vars(attention.processor).items() if k != _LAW})

@@ -55,7 +55,7 @@ class Block:
     """A block class of upstream.
 
     Attributes:
-        family: name in reports and docs.
+        family: name in reports, unique: it is the key of the row in ``docs/families.md`` too.
         path: of the class.
         skeleton: module of ``sora_kernels.families`` with the two functions below.
         forward: ``fn(block, laws, *args, **kwargs)``; ``laws`` maps a site's name to its mask.
@@ -65,6 +65,8 @@ class Block:
         sites: in the order of the block's forward.
         processors: of its attentions.
         sources: fingerprints of what the adapter restates.
+        when: attributes of a block and their values: variants of one class are rows of their own,
+            told apart by these.
     """
 
     family: str
@@ -74,7 +76,8 @@ class Block:
     survey: str
     sites: tuple[Site, ...]
     sources: Mapping[str, str]
-    processors: tuple[Processor, ...] = field(default=())
+    processors: tuple[Processor, ...] = ()
+    when: Mapping[str, object] = field(default_factory=dict)
 
 
 ABSENT = "absent"
@@ -93,6 +96,7 @@ BLOCKS: tuple[Block, ...] = (
         sites=(
             Site("norm1", "norm_modulate", ONCE),
             Site("attn1+norm2", "gate_residual_norm_modulate", ("residual",)),
+            Site("attn1", "gate_residual", ONCE),  # without a norm before the cross-attention
             Site("attn2+norm3", "gate_residual_norm_modulate", ("residual",)),
             Site("ffn", "gate_residual", ONCE),
         ),
@@ -115,4 +119,6 @@ BLOCKS: tuple[Block, ...] = (
     ),
 )
 
-BY_PATH: dict[str, Block] = {block.path: block for block in BLOCKS}
+BY_PATH: dict[str, tuple[Block, ...]] = {
+    path: tuple(b for b in BLOCKS if b.path == path) for path in {b.path for b in BLOCKS}
+}

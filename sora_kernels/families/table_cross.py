@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..ops.gate_residual import gate_residual
 from ..ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from ..ops.norm_modulate import norm_modulate
+from ._data import ABSENT
 from ._patch import upstream_class
 from ._sites import readable, streams, why_unreadable
 
@@ -32,10 +33,12 @@ def wan_survey(block: Any) -> dict[str, str]:
         if reason:
             left[site] = reason
     reason = why_unreadable(block.norm2, FP32LayerNorm)
-    if reason:
-        if isinstance(block.norm2, nn.Identity):
-            reason = "no norm before the cross-attention (the residual runs gate_residual)"
+    if isinstance(block.norm2, nn.Identity):
+        left["attn1+norm2"] = ABSENT
+    elif reason:  # the residual before it is fused all the same
         left["attn1+norm2"] = reason
+    else:
+        left["attn1"] = ABSENT
     return left
 
 
@@ -67,7 +70,7 @@ def wan_block(
             law=laws["attn1+norm2"], out_dtype=x.dtype,
         )  # fmt: skip
     else:
-        x = _wan_gate(x, y, gate, laws["ffn"])
+        x = _wan_gate(x, y, gate, laws["attn1"])
         h = block.norm2(x.float()).type_as(x)
     y = block.attn2(h, encoder_hidden_states, None, None)
 
