@@ -54,3 +54,16 @@ def bias_of(norm: nn.Module) -> Tensor | None:
     """RMS norms have no bias, LayerNorms may."""
     found: Any = getattr(norm, "bias", None)
     return found if found is None or isinstance(found, Tensor) else None
+
+
+def modulates(x: Tensor, *parts: Tensor) -> bool:
+    """True if a modulation added up of these has the dtype of ``x``: else upstream promotes."""
+    dtype = parts[0].dtype
+    for part in parts[1:]:
+        dtype = torch.promote_types(dtype, part.dtype)
+    return x.dtype in FLOATS and dtype is x.dtype
+
+
+def gate_law(x: Tensor, y: Tensor, law: int) -> int:
+    """Upstream rounds a gated branch only if both streams are half; beside fp32 nothing rounds."""
+    return law if y.dtype is x.dtype else 0
