@@ -43,6 +43,12 @@ def upstream_class(module: nn.Module) -> type:
     return cls
 
 
+def upstream_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the class of ``module`` computes: for calls that an adapter does not restate."""
+    forward: Any = upstream_class(module).forward  # type: ignore[attr-defined]
+    return forward(module, *args, **kwargs)
+
+
 def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 

@@ -7,10 +7,15 @@ that the site runs upstream's modules. The answer may change between calls, so n
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..laws import Point
+from ..packing import Rope
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALVES)
@@ -67,3 +72,58 @@ def modulates(x: Tensor, *parts: Tensor) -> bool:
 def gate_law(x: Tensor, y: Tensor, law: int) -> int:
     """Upstream rounds a gated branch only if both streams are half; beside fp32 nothing rounds."""
     return law if y.dtype is x.dtype else 0
+
+
+def untouched(module: nn.Module, cls: type) -> bool:
+    """True if ``module`` is exactly a ``cls`` that nothing was put around: its parts may be called
+    one by one in its place."""
+    return type(module) is cls and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def promotes(x: Tensor, *parts: Tensor) -> bool:
+    """True if upstream's sum of these modulation parts leaves the stream in its dtype."""
+    dtype = parts[0].dtype
+    for part in parts[1:]:
+        dtype = torch.promote_types(dtype, part.dtype)
+    return torch.promote_types(dtype, x.dtype) is x.dtype
+
+
+def scale_for(scale: Tensor, x: Tensor) -> Tensor:
+    """``scale`` such that ``1 + scale`` rounds as upstream's, also if it is narrower than ``x``."""
+    return scale if scale.dtype is x.dtype else (1 + scale).to(x.dtype) - 1
+
+
+def gated_law(law: int, gate: torch.dtype, y: Tensor) -> int:
+    """The gated branch is rounded to the branch's dtype unless the gate is wider."""
+    return law if torch.promote_types(gate, y.dtype) is y.dtype else law & ~int(Point.GATED)
+
+
+_last_rope: list[Any] = []
+
+
+def remembered_rope(cos: Tensor, sin: Tensor, heads: int, make: Callable[..., Rope]) -> Rope:
+    """``make(cos, sin, heads)``, kept while the next blocks bring the very same tables.
+
+    One entry, which goes when the tables do. Not while compiling or capturing a graph, and not for
+    tables with a gradient.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or cos.requires_grad
+        or sin.requires_grad
+        or cos.is_inference()
+        or (cos.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return make(cos, sin, heads)
+    key = (cos._version, sin._version, heads)
+    if _last_rope and _last_rope[0]() is cos and _last_rope[1]() is sin and _last_rope[2] == key:
+        return _last_rope[3]
+    rope = make(cos, sin, heads)
+    _last_rope[:] = [weakref.ref(cos, lambda _: _last_rope.clear()), weakref.ref(sin), key, rope]
+    return rope

@@ -17,7 +17,7 @@ from ..ops.gate_residual import gate_residual
 from ..ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from ..ops.norm_modulate import norm_modulate
 from ._data import ABSENT
-from ._patch import upstream_class
+from ._patch import upstream_forward
 from ._sites import readable, streams, why_unreadable
 
 Laws = dict[str, int]
@@ -53,9 +53,7 @@ def wan_block(
     """``WanTransformerBlock.forward``: fp32 modulation, every step back in the stream's dtype."""
     x = hidden_states
     if x.ndim != 3 or not streams(x) or temb.shape[0] != x.shape[0] or temb.ndim not in (3, 4):
-        return upstream_class(block).forward(  # type: ignore[attr-defined]
-            block, hidden_states, encoder_hidden_states, temb, rotary_emb
-        )
+        return upstream_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
     tables = block.scale_shift_table[0].unbind(0)
     per = "token" if temb.ndim == 4 else "sample"  # Wan 2.2 ti2v: a time for every token
     mods = temb.unbind(-2)

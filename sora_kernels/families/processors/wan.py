@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...laws import Point
 from ...ops.qk_norm_rope import qk_norm_rope
 from ...packing import Rope
-from .._sites import FLOATS, readable
+from .._sites import FLOATS, readable, remembered_rope
 
 
 class FusedWanAttnProcessor(WanAttnProcessor):
@@ -52,7 +52,7 @@ class FusedWanAttnProcessor(WanAttnProcessor):
         if cos.dtype is query.dtype and query.element_size() < 4:
             law |= Point.ROPE  # the whole model was cast: upstream rotates in that dtype
         q, k = qk_norm_rope(
-            q, k, attn.norm_q.weight, attn.norm_k.weight, _rope(cos, sin),
+            q, k, attn.norm_q.weight, attn.norm_k.weight, remembered_rope(cos, sin, 0, _rope),
             norm="rms_full", eps=attn.norm_q.eps, law=law,
         )  # fmt: skip
         out = dispatch_attention_fn(
@@ -82,7 +82,7 @@ def why_left(attn: Any) -> str | None:
     return None
 
 
-def _rope(cos: Tensor, sin: Tensor) -> Rope:
+def _rope(cos: Tensor, sin: Tensor, heads: int) -> Rope:
     """Upstream's tables ``[1 or B, L, 1, D]`` hold every angle twice."""
     cos, sin = cos[:, :, 0, 0::2], sin[:, :, 0, 1::2]
     if cos.shape[0] == 1:
