@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-from ._rows import STREAM, Block, Processor, Site
+from ._rows import ONCE, STREAM, Block, Processor, Site
 
 _MODELS = "diffusers.models.transformers"
 _NORMS = "diffusers.models.normalization"
+_PROCESSORS = "diffusers.models.attention_processor"
 _LTX = f"{_MODELS}.transformer_ltx"
+_MOCHI = f"{_MODELS}.transformer_mochi"
 
 #: RMSNorm of diffusers without weight (its result is rounded), then an operator each.
 _RMS = ("xhat", "table", "one_plus", "product", "sum")
+
+#: A branch is normed, multiplied by the tanh of its gate and rounded, in fp32 up to there.
+_SANDWICH = ("tanh", "gated", "residual")
+_MOCHI_SITES = (
+    Site("norm1", "norm_modulate", ONCE),
+    Site("norm1_context", "norm_modulate", ONCE),
+    Site("attn1", "gate_residual", _SANDWICH),
+    Site("norm3", "norm_modulate", ONCE),
+    Site("ff", "gate_residual", _SANDWICH),
+)
+_MOCHI_SOURCES = {
+    f"{_MOCHI}.MochiTransformerBlock.forward": "87e6db84f46645b1",
+    f"{_MOCHI}.MochiModulatedRMSNorm.forward": "54a3ec998e64349c",
+    f"{_MOCHI}.MochiRMSNormZero.forward": "b03b1ee17bd8392e",
+    f"{_MOCHI}.MochiLayerNormContinuous.forward": "bb7e2bac1ef84978",
+    f"{_NORMS}.RMSNorm.forward": "b4644477d3960868",
+}
+_MOCHI_PROCESSORS = (
+    Processor(
+        attention="attn1",
+        upstream=f"{_PROCESSORS}.MochiAttnProcessor2_0",
+        ours="mochi.FusedMochiAttnProcessor",
+        site=Site("attn1.qk", "qk_norm_rope", ("affine", "pre_rope")),
+        sources={
+            f"{_PROCESSORS}.MochiAttnProcessor2_0.__call__": "09de4b0085b9cfff",
+            f"{_NORMS}.MochiRMSNorm.forward": "c1d6f9236dfda2b2",
+        },
+    ),
+)
 
 BLOCKS: tuple[Block, ...] = (
     Block(
@@ -40,5 +71,32 @@ BLOCKS: tuple[Block, ...] = (
                 },
             ),
         ),
+    ),
+    Block(
+        family="Mochi",
+        path=f"{_MOCHI}.MochiTransformerBlock",
+        skeleton="sandwich",
+        forward="mochi_block",
+        survey="mochi_survey",
+        sites=(
+            *_MOCHI_SITES,
+            Site("attn1_context", "gate_residual", _SANDWICH),
+            Site("norm3_context", "norm_modulate", ONCE),
+            Site("ff_context", "gate_residual", _SANDWICH),
+        ),
+        sources=_MOCHI_SOURCES,
+        processors=_MOCHI_PROCESSORS,
+        when={"context_pre_only": False},
+    ),
+    Block(
+        family="Mochi, last block",
+        path=f"{_MOCHI}.MochiTransformerBlock",
+        skeleton="sandwich",
+        forward="mochi_block",
+        survey="mochi_survey",
+        sites=_MOCHI_SITES,
+        sources=_MOCHI_SOURCES,
+        processors=_MOCHI_PROCESSORS,
+        when={"context_pre_only": True},
     ),
 )
