@@ -12,6 +12,7 @@ A law is the set of points (:class:`sora_kernels.Point`) at which upstream's exp
 from __future__ import annotations
 
 from ._data_basic import BLOCKS as _BASIC
+from ._data_joint import BLOCKS as _JOINT
 from ._data_video import BLOCKS as _VIDEO
 from ._rows import ABSENT, LAYER, ONCE, STREAM, Block, Points, Processor, Site
 
@@ -54,6 +55,7 @@ BLOCKS: tuple[Block, ...] = (
         ),
     ),
     *_BASIC,
+    *_JOINT,
     *_VIDEO,
 )
 

@@ -1,0 +1,98 @@
+"""adaLN-Zero of diffusers: modules that project a modulation, and the ops that apply it.
+
+A modulation is one row per sample, ``[B, D]``, in the dtype of the stream. Each function runs an op
+if it may and upstream's expression otherwise. The formulas are those of ``AdaLayerNormZero`` and
+its kin in ``normalization.py`` of diffusers 0.42.1 (Apache-2.0, The HuggingFace Team).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from diffusers.models.normalization import (
+    AdaLayerNormContinuous,
+    AdaLayerNormZero,
+    AdaLayerNormZeroSingle,
+    SD35AdaLayerNormZeroX,
+)
+from torch import Tensor, nn
+
+from ..ops.gate_residual import gate_residual
+from ..ops.gate_residual_norm_modulate import gate_residual_norm_modulate
+from ..ops.norm_modulate import norm_modulate
+from ._sites import FLOATS, readable, why_unreadable
+
+ZERO = (AdaLayerNormZero, AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX)
+_CHUNKS: dict[type, int] = {AdaLayerNormZero: 6, AdaLayerNormZeroSingle: 3,
+                            SD35AdaLayerNormZeroX: 9}  # fmt: skip
+
+Modulation = tuple[Tensor, Tensor]  # shift, scale
+
+
+def fits(x: Tensor, *others: Tensor) -> bool:
+    """True if the ops take the stream ``x`` ``[B, L, D]`` with these branches and modulations."""
+    if x.ndim != 3 or x.dtype not in FLOATS:
+        return False
+    shapes = (x.shape, (x.shape[0], x.shape[2]))
+    return all(
+        o.dtype == x.dtype and o.device == x.device and o.shape in shapes for o in others
+    )  # upstream promotes other dtypes and broadcasts other shapes
+
+
+def why_left(adaln: nn.Module, *classes: type) -> str | None:
+    """Why the norm inside ``adaln`` keeps upstream's code, or None."""
+    reason = why_unreadable(adaln, *classes)
+    if reason is None and getattr(adaln, "emb", None) is not None:
+        return "it embeds its condition itself"
+    return reason or why_unreadable(cast(nn.Module, adaln.norm), nn.LayerNorm)
+
+
+def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor, law: int) -> Tensor:
+    """``norm(x) * (1 + scale) + shift``."""
+    if fits(x, shift, scale) and readable(norm, nn.LayerNorm):
+        y = norm_modulate(
+            x, shift, scale, weight=norm.weight, bias=norm.bias, eps=norm.eps, law=law
+        )
+        return cast(Tensor, y)
+    return _plain(norm(x), shift, scale)
+
+
+def gated(x: Tensor, y: Tensor, gate: Tensor, law: int) -> Tensor:
+    """``x + gate * y``."""
+    if fits(x, y, gate):
+        return gate_residual(x, y, gate, law=law)
+    return x + gate.unsqueeze(1) * y
+
+
+def gated_modulated(
+    norm: Any, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, law: int
+) -> tuple[Tensor, Tensor]:
+    """``r = x + gate * y`` and ``norm(r) * (1 + scale) + shift``."""
+    if fits(x, y, gate, shift, scale) and readable(norm, nn.LayerNorm):
+        return gate_residual_norm_modulate(
+            x, y, gate, shift, scale,
+            weight=norm.weight, bias=norm.bias, eps=norm.eps, law=law,
+        )  # fmt: skip
+    x = gated(x, y, gate, law)
+    return x, modulated(norm, x, shift, scale, law)
+
+
+def zero(adaln: Any, x: Tensor, emb: Tensor, law: int) -> tuple[Tensor, ...]:
+    """What ``adaln(x, emb=emb)`` returns: the modulated norm and the rest of the modulation."""
+    if why_left(adaln, AdaLayerNormZero, AdaLayerNormZeroSingle) is not None:
+        return cast(tuple[Tensor, ...], adaln(x, emb=emb))
+    shift, scale, *rest = adaln.linear(adaln.silu(emb)).chunk(_CHUNKS[type(adaln)], dim=1)
+    return modulated(adaln.norm, x, shift, scale, law), *rest
+
+
+def continuous(adaln: Any, x: Tensor, emb: Tensor, law: int) -> Tensor:
+    """What ``adaln(x, emb)`` returns for an ``AdaLayerNormContinuous``."""
+    if why_left(adaln, AdaLayerNormContinuous) is not None:
+        return cast(Tensor, adaln(x, emb))
+    scale, shift = torch.chunk(adaln.linear(adaln.silu(emb).to(x.dtype)), 2, dim=1)
+    return modulated(adaln.norm, x, shift, scale, law)
+
+
+def _plain(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return normed * (1 + scale[:, None]) + shift[:, None]

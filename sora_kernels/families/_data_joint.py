@@ -1,0 +1,70 @@
+"""Rows of the table for models whose text joins the attention; see ``_data.py``."""
+
+from __future__ import annotations
+
+from ._rows import Block, Points, Processor, Site
+
+MODULATED: Points = ("affine", "one_plus", "product", "sum")
+GATED: Points = ("gated", "residual")
+BOTH: Points = (*MODULATED, *GATED)
+
+_MODELS = "diffusers.models.transformers"
+_NORMS = "diffusers.models.normalization"
+_FLUX = f"{_MODELS}.transformer_flux"
+
+_ZERO = {f"{_NORMS}.AdaLayerNormZero.forward": "6d8d04cd7e217e08"}
+_SINGLE = {f"{_NORMS}.AdaLayerNormZeroSingle.forward": "8da81358c124918b"}
+_ROTATION = {"diffusers.models.embeddings.apply_rotary_emb": "c0725f6dc9f4bc8a"}
+
+# image (or video) stream and text stream side by side: 2/2/2
+_TWO_STREAMS = (
+    Site("norm1", "norm_modulate", MODULATED),
+    Site("norm1_context", "norm_modulate", MODULATED),
+    Site("attn+norm2", "gate_residual_norm_modulate", BOTH),
+    Site("attn+norm2_context", "gate_residual_norm_modulate", BOTH),
+    Site("ff", "gate_residual", GATED),
+    Site("ff_context", "gate_residual", GATED),
+)
+# attention and MLP side by side: 1/0/1
+_ONE_STREAM = (
+    Site("norm", "norm_modulate", MODULATED),
+    Site("proj_out", "gate_residual", GATED),
+)
+
+_FLUX_QK = (
+    Processor(
+        attention="attn",
+        upstream=f"{_FLUX}.FluxAttnProcessor",
+        ours="flux.FusedFluxAttnProcessor",
+        site=Site("attn.qk", "qk_norm_rope", ("affine", "pre_rope")),
+        sources={
+            f"{_FLUX}.FluxAttnProcessor.__call__": "70862a992df2bc2b",
+            f"{_FLUX}._get_qkv_projections": "65cafc127cd919ce",
+            f"{_FLUX}._get_projections": "de01698a5c4869d2",
+            **_ROTATION,
+        },
+    ),
+)
+
+BLOCKS: tuple[Block, ...] = (
+    Block(
+        family="Flux",
+        path=f"{_FLUX}.FluxTransformerBlock",
+        skeleton="joint",
+        forward="flux_block",
+        survey="double_survey",
+        sites=_TWO_STREAMS,
+        sources={f"{_FLUX}.FluxTransformerBlock.forward": "c7036138564cff0d", **_ZERO},
+        processors=_FLUX_QK,
+    ),
+    Block(
+        family="Flux single",
+        path=f"{_FLUX}.FluxSingleTransformerBlock",
+        skeleton="single",
+        forward="flux_single",
+        survey="single_survey",
+        sites=_ONE_STREAM,
+        sources={f"{_FLUX}.FluxSingleTransformerBlock.forward": "6de94782d3c83de0", **_SINGLE},
+        processors=_FLUX_QK,
+    ),
+)
