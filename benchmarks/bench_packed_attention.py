@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sora_kernels.ops.packed_attention import packed_attention
+from sora_kernels.ops.packed_attention.libraries import LIBRARIES, OWN
 from sora_kernels.packing import PackedLayout, Text
 
 from .registry import DTYPES, Case, Context, Inputs, Unavailable, op_cases
@@ -69,7 +70,7 @@ def inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Any:
-    return packed_attention(q, k, v, layout)
+    return packed_attention(q, k, v, layout, library=OWN)
 
 
 def per_segment(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Tensor:
@@ -95,13 +96,12 @@ def padded(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, layout: An
     return out.transpose(1, 2)[used]
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Any:
-    if q.device.type != "cuda" or q.dtype is torch.float32:
-        raise Unavailable("torch.nn.attention.varlen runs in half precision on CUDA only")
-    from torch.nn.attention.varlen import varlen_attn
-
-    longest = layout.max_seqlen
-    return varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, longest, longest)
+def by_library(library: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Any:
+    """A library forced by name, its backward as fast as it can."""
+    try:
+        return packed_attention(q, k, v, layout, library=library, deterministic=False)
+    except ValueError as error:  # says which library cannot run what, and why
+        raise Unavailable(str(error)) from None
 
 
 def cases(context: Context) -> Iterable[Case]:
@@ -111,7 +111,7 @@ def cases(context: Context) -> Iterable[Case]:
             size = shape.tokens * shape.heads * shape.width * DTYPES[dtype].itemsize
             flops = 4 * sum(n * n for n in shape.lengths) * shape.heads * shape.width
             plain = partial(per_segment, shape.lengths)
-            peers = {"varlen_attn": varlen} if on_cuda else {}
+            peers = {name: partial(by_library, name) for name in LIBRARIES} if on_cuda else {}
             if not context.quick and shape.name != "one" and shape.tokens <= 8192:
                 peers["padded"] = partial(padded, shape.lengths)
             yield from op_cases(

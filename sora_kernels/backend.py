@@ -216,6 +216,16 @@ def _record(op: str, device: str, backend: str, reason: str | None) -> None:
         warnings.warn(f"sora_kernels.{op} runs the {backend} path: {reason}", stacklevel=4)
 
 
+def forced() -> str | None:
+    """The backend that :func:`use_backend` forces, or None."""
+    return _override
+
+
+def record(op: str, device: str, implementation: str, reason: str) -> None:
+    """Notes for :func:`explain` what ran a call, and why nothing faster did."""
+    _decisions[op, device] = (implementation, reason)
+
+
 def fall_back(op: str, tensor: Tensor, reason: str) -> str:
     """Records that this call cannot take the fast path, and returns ``"reference"``."""
     if not torch.compiler.is_compiling():

@@ -11,6 +11,7 @@ from ... import backend
 from ..windowed_attention import prepare_window, windowed_attention
 from .checks import check_cu_seqlens, check_qkv, check_scale, check_windowed, host_lengths
 from .config import config_for
+from .libraries import Arguments, run_by_library
 from .reference import packed_attention_reference
 from .work import work_list
 
@@ -36,6 +37,8 @@ def packed_attention(
     causal: bool = False,
     window: Window | tuple[int | None, int | None, int | None] | None = None,
     return_lse: bool = False,
+    library: str | None = None,
+    deterministic: bool = True,
 ) -> Any:
     """Attention of every token to the tokens of its own segment.
 
@@ -67,6 +70,11 @@ def packed_attention(
             borders, block-causal time and a sink. Self-attention only. Inside ``torch.compile``
             on a GPU, :func:`prepare_window` must have seen the layout.
         return_lse: also return the natural-log LSE, differentiable, for :func:`merge`.
+        library: what runs a call on a GPU: a name in ``libraries.LIBRARIES`` (cuDNN and flash
+            attention through PyTorch, flash-attn 2 to 4), ``"own"`` for our kernel. Default: what
+            the committed measurements of the chip prefer, see :func:`sora_kernels.explain`. A
+            library has its own order of sums: what is said of bits holds for our kernel.
+        deterministic: False allows libraries whose backward is not.
 
     Returns:
         out ``[N, H, D]`` in the dtype of q; with ``return_lse`` also lse, fp32 ``[H, N]`` (fp64
@@ -110,13 +118,21 @@ def packed_attention(
             )
         max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
 
+    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.is_cuda or library is not None:
+        call = Arguments(
+            q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, scale, causal, return_lse,
+            deterministic,
+        )  # fmt: skip
+        ran, result = run_by_library(call, library, wants_grad)
+        if ran:
+            return result
     chosen = backend.choose(_OP, q)
     if chosen == "reference":
         seqlens = host_lengths("cu_seqlens", cu_seqlens, q.shape[0])
         seqlens_k = host_lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0]) if cross else seqlens
         out, lse = packed_attention_reference(q, k, v, seqlens, seqlens_k, scale, causal)
         return (out, lse) if return_lse else out
-    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     works: tuple[Tensor | None, ...] = (None, None, None)
     if chosen == "triton":
         works = _works(q, k, cu_seqlens, cu_seqlens_k if cross else None, layout, wants_grad)
