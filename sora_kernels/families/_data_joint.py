@@ -10,7 +10,9 @@ BOTH: Points = (*MODULATED, *GATED)
 
 _MODELS = "diffusers.models.transformers"
 _NORMS = "diffusers.models.normalization"
+_ATTENTION = "diffusers.models.attention_processor"
 _FLUX = f"{_MODELS}.transformer_flux"
+_COG = f"{_MODELS}.cogvideox_transformer_3d"
 
 _ZERO = {f"{_NORMS}.AdaLayerNormZero.forward": "6d8d04cd7e217e08"}
 _SINGLE = {f"{_NORMS}.AdaLayerNormZeroSingle.forward": "8da81358c124918b"}
@@ -66,5 +68,36 @@ BLOCKS: tuple[Block, ...] = (
         sites=_ONE_STREAM,
         sources={f"{_FLUX}.FluxSingleTransformerBlock.forward": "6de94782d3c83de0", **_SINGLE},
         processors=_FLUX_QK,
+    ),
+    Block(
+        family="CogVideoX",
+        path=f"{_COG}.CogVideoXBlock",
+        skeleton="cogvideox",
+        forward="cogvideox_block",
+        survey="cogvideox_survey",
+        sites=(
+            Site("norm1", "norm_modulate", MODULATED),
+            Site("norm1.text", "norm_modulate", MODULATED),
+            Site("attn1+norm2", "gate_residual_norm_modulate", BOTH),
+            Site("attn1+norm2.text", "gate_residual_norm_modulate", BOTH),
+            Site("ff", "gate_residual", GATED),
+            Site("ff.text", "gate_residual", GATED),
+        ),
+        sources={
+            f"{_COG}.CogVideoXBlock.forward": "9d09db202a0a0fe6",
+            f"{_NORMS}.CogVideoXLayerNormZero.forward": "7c300d7dc0a9da9a",
+        },
+        processors=(
+            Processor(
+                attention="attn1",
+                upstream=f"{_ATTENTION}.CogVideoXAttnProcessor2_0",
+                ours="cogvideox.FusedCogVideoXAttnProcessor",
+                site=Site("attn1.qk", "qk_norm_rope", ("affine", "pre_rope")),
+                sources={
+                    f"{_ATTENTION}.CogVideoXAttnProcessor2_0.__call__": "4242220cefa248dd",
+                    **_ROTATION,
+                },
+            ),
+        ),
     ),
 )
