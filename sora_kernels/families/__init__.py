@@ -66,9 +66,8 @@ def accelerate(
         report.law = _law_name(mask)
     actions: list[Callable[[], None]] = []
     for name, module, block in _blocks(model):
-        if block is None:
-            reason = f"an unknown variant of {upstream_class(module).__name__}"
-            report.entries.append(Entry(name, "", reason=reason))
+        if isinstance(block, str):
+            report.entries.append(Entry(name, "", reason=block))
             continue
         _visit(name, module, block, mask, report, actions)
     if strict and (report.left or not report.entries):
@@ -100,17 +99,26 @@ def restore(model: nn.Module) -> int:
     return undone
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Block | None]]:
-    """Every module of a known block class; None if it is a variant of it that is not known."""
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Block | str]]:
+    """Every module of a known block class, or why it is not one after all."""
     for name, module in model.named_modules():
-        rows = BY_PATH.get(class_path(upstream_class(module)))
+        cls = upstream_class(module)
+        rows = BY_PATH.get(class_path(cls))
         if rows is not None:
-            matching = (
-                row
-                for row in rows
-                if all(getattr(module, k, None) == v for k, v in row.when.items())
-            )
-            yield name or "(itself)", module, next(matching, None)
+            yield name or "(itself)", module, _row(cls, module, rows)
+            continue
+        for base in cls.__mro__[1:]:
+            if class_path(base) in BY_PATH:
+                reason = f"{cls.__name__} is a subclass of {base.__name__}"
+                yield name or "(itself)", module, reason
+                break
+
+
+def _row(cls: type, module: nn.Module, rows: tuple[Block, ...]) -> Block | str:
+    for row in rows:
+        if all(getattr(module, name, None) == value for name, value in row.when.items()):
+            return row
+    return f"an unknown variant of {cls.__name__}"
 
 
 def _visit(

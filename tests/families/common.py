@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from sora_kernels import accelerate, restore
+from sora_kernels import accelerate, restore, use_backend
 from sora_kernels.families import is_accelerated
 from sora_kernels.families._data import BY_PATH
 from sora_kernels.families._patch import class_path, upstream_class
@@ -228,6 +228,25 @@ class FamilyTests:
         got = run(model, inputs)
         close({"output": got}, {"output": want}, 2e-5)
         close(gradients([got], parameters(model)), expected, 1e-4)
+
+    def test_triton(self, model: nn.Module) -> None:
+        """One sample through the Triton kernels in their interpreter: a block of each kind."""
+        inputs = self.inputs()
+        batch = max(v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 2)
+        for name, v in inputs.items():
+            if isinstance(v, Tensor) and v.ndim and v.shape[0] == batch:
+                inputs[name] = v[:1]
+        want = run(model, inputs)
+        expected = gradients([want], parameters(model))
+        first = {e.family: e.module for e in reversed(accelerate(model).entries)}
+        for name, module in model.named_modules():
+            if is_accelerated(module) and name not in first.values():
+                restore(module)
+        with use_backend("triton"):
+            got = run(model, inputs)
+            grads = gradients([got], parameters(model))
+        close({"output": got}, {"output": want}, 2e-5)
+        close(grads, expected, 1e-4)
 
     def test_bf16(self, model: nn.Module) -> None:
         """The 2x rule end to end: an error against fp32 like upstream's own."""
