@@ -8,11 +8,15 @@ _MODELS = "diffusers.models.transformers"
 _NORMS = "diffusers.models.normalization"
 _PROCESSORS = "diffusers.models.attention_processor"
 _LTX = f"{_MODELS}.transformer_ltx"
+_COSMOS = f"{_MODELS}.transformer_cosmos"
 _MOCHI = f"{_MODELS}.transformer_mochi"
 
 #: RMSNorm of diffusers without weight (its result is rounded), then an operator each.
 _RMS = ("xhat", "table", "one_plus", "product", "sum")
 
+#: F.layer_norm without weight, then an operator each; the modulation is added up before.
+_LAYER = ("affine", "one_plus", "product", "sum")
+_ADDED = ("gated", "residual")
 #: A branch is normed, multiplied by the tanh of its gate and rounded, in fp32 up to there.
 _SANDWICH = ("tanh", "gated", "residual")
 _MOCHI_SITES = (
@@ -98,5 +102,35 @@ BLOCKS: tuple[Block, ...] = (
         sources=_MOCHI_SOURCES,
         processors=_MOCHI_PROCESSORS,
         when={"context_pre_only": True},
+    ),
+    Block(
+        family="Cosmos",
+        path=f"{_COSMOS}.CosmosTransformerBlock",
+        skeleton="cosmos",
+        forward="cosmos_block",
+        survey="cosmos_survey",
+        sites=(
+            Site("norm1", "norm_modulate", _LAYER),
+            Site("attn1+norm2", "gate_residual_norm_modulate", (*_LAYER, *_ADDED)),
+            Site("attn2+norm3", "gate_residual_norm_modulate", (*_LAYER, *_ADDED)),
+            Site("ff", "gate_residual", _ADDED),
+        ),
+        sources={
+            f"{_COSMOS}.CosmosTransformerBlock.forward": "aa3287e04f20f8ba",
+            f"{_COSMOS}.CosmosAdaLayerNormZero.forward": "4562b3a5755b4f44",
+        },
+        processors=(
+            Processor(
+                attention="attn1",
+                upstream=f"{_COSMOS}.CosmosAttnProcessor2_0",
+                ours="cosmos.FusedCosmosAttnProcessor",
+                site=Site("attn1.qk", "qk_norm_rope", ("xhat", "affine", "pre_rope")),
+                sources={
+                    f"{_COSMOS}.CosmosAttnProcessor2_0.__call__": "f781d89a64533464",
+                    f"{_NORMS}.RMSNorm.forward": "b4644477d3960868",
+                    "diffusers.models.embeddings.apply_rotary_emb": "c0725f6dc9f4bc8a",
+                },
+            ),
+        ),
     ),
 )

@@ -69,11 +69,6 @@ def modulates(x: Tensor, *parts: Tensor) -> bool:
     return x.dtype in FLOATS and dtype is x.dtype
 
 
-def gate_law(x: Tensor, y: Tensor, law: int) -> int:
-    """Upstream rounds a gated branch only if both streams are half; beside fp32 nothing rounds."""
-    return law if y.dtype is x.dtype else 0
-
-
 def untouched(module: nn.Module, cls: type) -> bool:
     """True if ``module`` is exactly a ``cls`` that nothing was put around: its parts may be called
     one by one in its place."""
@@ -100,8 +95,22 @@ def scale_for(scale: Tensor, x: Tensor) -> Tensor:
 
 
 def gated_law(law: int, gate: torch.dtype, y: Tensor) -> int:
-    """The gated branch is rounded to the branch's dtype unless the gate is wider."""
-    return law if torch.promote_types(gate, y.dtype) is y.dtype else law & ~int(Point.GATED)
+    """Gate and gated branch are rounded to the branch's dtype unless the gate is wider."""
+    narrow = torch.promote_types(gate, y.dtype) is y.dtype
+    return law if narrow else law & ~int(Point.GATED | Point.TABLE)
+
+
+def widened(x: Tensor) -> bool:
+    """True if autocast makes the LayerNorm of this stream, and what it feeds, fp32."""
+    return x.dtype in HALVES and torch.is_autocast_enabled(x.device.type)
+
+
+def normed_law(law: int, x: Tensor) -> int:
+    """Autocast on a GPU keeps the norm of a half stream and its modulation in fp32; the linear
+    layer that follows rounds once, which is then the op's own rounding."""
+    if x.is_cuda and x.dtype in HALVES and torch.is_autocast_enabled("cuda"):
+        return law & ~int(Point.XHAT | Point.AFFINE | Point.PRODUCT | Point.SUM)
+    return law
 
 
 _last_rope: list[Any] = []
@@ -121,9 +130,10 @@ def remembered_rope(cos: Tensor, sin: Tensor, heads: int, make: Callable[..., Ro
         or (cos.is_cuda and torch.cuda.is_current_stream_capturing())
     ):
         return make(cos, sin, heads)
-    key = (cos._version, sin._version, heads)
+    key = (cos._version, sin._version, heads, make)
     if _last_rope and _last_rope[0]() is cos and _last_rope[1]() is sin and _last_rope[2] == key:
         return _last_rope[3]
     rope = make(cos, sin, heads)
-    _last_rope[:] = [weakref.ref(cos, lambda _: _last_rope.clear()), weakref.ref(sin), key, rope]
+    gone = weakref.ref(cos, lambda _, kept=_last_rope: kept.clear())
+    _last_rope[:] = [gone, weakref.ref(sin), key, rope]
     return rope

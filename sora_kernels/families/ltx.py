@@ -14,8 +14,8 @@ from torch import Tensor
 from ..ops.gate_residual import gate_residual
 from ..ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from ..ops.norm_modulate import norm_modulate
-from ._patch import upstream_class
-from ._sites import gate_law, modulates, readable, streams, why_unreadable
+from ._patch import upstream_forward
+from ._sites import gated_law, modulates, readable, streams, why_unreadable
 
 Laws = dict[str, int]
 
@@ -51,7 +51,7 @@ def ltx_block(
         or temb.shape[1] not in (1, x.shape[1])
         or not modulates(x, temb, table)
     ):
-        return upstream_class(block).forward(  # type: ignore[attr-defined]
+        return upstream_forward(
             block, x, encoder_hidden_states, temb, image_rotary_emb, encoder_attention_mask
         )
     tables = table.unbind(0)
@@ -98,5 +98,7 @@ def _norm(norm: Any, x: Tensor, mods: Any, tables: Any, law: int) -> Tensor:
 
 def _gate(x: Tensor, y: Tensor, gate: Tensor, table: Tensor, law: int) -> Tensor:
     if streams(x, y):
-        return gate_residual(x, y, gate, gate_table=table, per="frame", law=gate_law(x, y, law))
+        return gate_residual(
+            x, y, gate, gate_table=table, per="frame", law=gated_law(law, x.dtype, y)
+        )
     return x + y * (table + gate)

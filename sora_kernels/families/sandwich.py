@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..ops.gate_residual import gate_residual
 from ..ops.norm_modulate import norm_modulate
-from ._patch import upstream_class
+from ._patch import upstream_forward
 from ._sites import FLOATS, streams, why_unreadable
 
 Laws = dict[str, int]
@@ -59,9 +59,7 @@ def mochi_block(
     """``MochiTransformerBlock.forward``; the last block leaves the text as it came."""
     x, text = hidden_states, encoder_hidden_states
     if x.ndim != 3 or text.ndim != 3 or temb.ndim != 2 or not (streams(x) and streams(text)):
-        return upstream_class(block).forward(  # type: ignore[attr-defined]
-            block, x, text, temb, encoder_attention_mask, image_rotary_emb
-        )
+        return upstream_forward(block, x, text, temb, encoder_attention_mask, image_rotary_emb)
     both = not block.context_pre_only
     h, gates = _first(block.norm1, x, temb, laws["norm1"])
     text_gates: Any = ()

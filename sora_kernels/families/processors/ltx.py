@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...ops.qk_norm_rope import qk_norm_rope
 from ...packing import Rope
-from .._sites import FLOATS, readable
+from .._sites import FLOATS, readable, remembered_rope
 
 
 class FusedLTXVideoAttnProcessor(LTXVideoAttnProcessor):
@@ -28,7 +28,7 @@ class FusedLTXVideoAttnProcessor(LTXVideoAttnProcessor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: Any = None,
     ) -> Tensor:
         if (
             image_rotary_emb is None
@@ -47,8 +47,10 @@ class FusedLTXVideoAttnProcessor(LTXVideoAttnProcessor):
         value = attn.to_v(hidden_states)
         heads = (attn.heads, -1)
         q, k, v = (t.unflatten(2, heads) for t in (query, key, value))
+        cos, sin = image_rotary_emb
+        rope = remembered_rope(cos, sin, attn.heads, _rope)
         q, k = qk_norm_rope(
-            q, k, attn.norm_q.weight, attn.norm_k.weight, _rope(*image_rotary_emb, heads),
+            q, k, attn.norm_q.weight, attn.norm_k.weight, rope,
             norm="rms_full", eps=attn.norm_q.eps, law=self.sora_law,
         )  # fmt: skip
         out = dispatch_attention_fn(
@@ -80,9 +82,9 @@ def why_left(attn: Any) -> str | None:
     return None
 
 
-def _rope(cos: Tensor, sin: Tensor, heads: tuple[int, int]) -> Rope:
+def _rope(cos: Tensor, sin: Tensor, heads: int) -> Rope:
     """Upstream's tables ``[B, L, heads * D]`` hold every angle twice; every head has its own."""
-    cos, sin = (t[..., 0::2].unflatten(2, heads) for t in (cos, sin))
+    cos, sin = (t[..., 0::2].unflatten(2, (heads, -1)) for t in (cos, sin))
     if cos.shape[0] == 1:
         cos, sin = cos[0], sin[0]
     return Rope.from_tables(cos, sin, per_head=True)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ...ops.qk_norm_rope import qk_norm_rope
 from ...packing import Rope
-from .._sites import FLOATS, readable
+from .._sites import FLOATS, readable, remembered_rope
 
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
@@ -33,7 +33,7 @@ class FusedMochiAttnProcessor(MochiAttnProcessor2_0):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: Any = None,
     ) -> Any:
         if (
             why_left(attn) is not None
@@ -51,7 +51,8 @@ class FusedMochiAttnProcessor(MochiAttnProcessor2_0):
         )
         rope = None
         if image_rotary_emb is not None:
-            rope = Rope.from_tables(*image_rotary_emb, per_head=True)
+            cos, sin = image_rotary_emb
+            rope = remembered_rope(cos, sin, attn.heads, _rope)
         law = self.sora_law
         query, key = qk_norm_rope(
             query, key, attn.norm_q.weight, attn.norm_k.weight, rope, eps=attn.norm_q.eps, law=law
@@ -94,6 +95,11 @@ def why_left(attn: Any) -> str | None:
     if len({getattr(attn, name).eps for name in _NORMS}) != 1:
         return "the norms of q and k differ in eps"
     return None
+
+
+def _rope(cos: Tensor, sin: Tensor, heads: int) -> Rope:
+    """Upstream's tables ``[L, heads, D / 2]``."""
+    return Rope.from_tables(cos, sin, per_head=True)
 
 
 def _is_constant(rotary: tuple[Tensor, Tensor] | None) -> bool:
