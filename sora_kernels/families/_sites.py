@@ -7,6 +7,7 @@ that the site runs upstream's modules. The answer may change between calls, so n
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -116,6 +117,10 @@ def normed_law(law: int, x: Tensor) -> int:
 _last_rope: list[Any] = []
 
 
+def _forget(kept: list[Any], _: Any) -> None:
+    kept.clear()
+
+
 def remembered_rope(cos: Tensor, sin: Tensor, heads: int, make: Callable[..., Rope]) -> Rope:
     """``make(cos, sin, heads)``, kept while the next blocks bring the very same tables.
 
@@ -134,6 +139,6 @@ def remembered_rope(cos: Tensor, sin: Tensor, heads: int, make: Callable[..., Ro
     if _last_rope and _last_rope[0]() is cos and _last_rope[1]() is sin and _last_rope[2] == key:
         return _last_rope[3]
     rope = make(cos, sin, heads)
-    gone = weakref.ref(cos, lambda _, kept=_last_rope: kept.clear())
+    gone = weakref.ref(cos, functools.partial(_forget, _last_rope))
     _last_rope[:] = [gone, weakref.ref(sin), key, rope]
     return rope
