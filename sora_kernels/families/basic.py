@@ -19,6 +19,7 @@ from ..ops.norm_modulate import norm_modulate
 from ._patch import upstream_forward
 from ._sites import (
     gated_law,
+    normed_law,
     promotes,
     readable,
     scale_for,
@@ -91,7 +92,13 @@ def dit_block(
 def _norm(norm: Any, x: Tensor, shift: Tensor, scale: Tensor, law: int) -> Tensor:
     if readable(norm, nn.LayerNorm) and promotes(x, scale) and scale.shape[0] == x.shape[0]:
         y = norm_modulate(
-            x, shift, scale_for(scale, x), weight=norm.weight, bias=norm.bias, eps=norm.eps, law=law
+            x,
+            shift,
+            scale_for(scale, x),
+            weight=norm.weight,
+            bias=norm.bias,
+            eps=norm.eps,
+            law=normed_law(law, x),
         )
         return cast(Tensor, y)
     return norm(x) * (1 + scale[:, None]) + shift[:, None]
@@ -105,7 +112,7 @@ def _gate_norm(
     if fits and readable(norm, nn.LayerNorm):
         return gate_residual_norm_modulate(
             x, y, gate, shift, scale_for(scale, x), weight=norm.weight, bias=norm.bias,
-            eps=norm.eps, law=gated_law(law, gate.dtype, y), out_dtype=x.dtype,
+            eps=norm.eps, law=gated_law(normed_law(law, x), gate.dtype, y), out_dtype=x.dtype,
         )  # fmt: skip
     x = _gate(x, y, gate, laws["ff"])
     return x, _norm(norm, x, shift, scale, laws["norm1"])
@@ -154,7 +161,7 @@ def single_block(
 
     h = _single_norm(block.norm1, x, mods[0:2], tables[0:2], laws["norm1"])
     y = block.attn1(h, encoder_hidden_states=None, attention_mask=attention_mask)
-    gated = {"gate": mods[2], "gate_table": tables[2]}
+    gated: dict[str, Any] = {"gate": mods[2], "gate_table": tables[2]}
     if block.attn2 is not None:
         x = _single_gate(x, y, gated, laws["attn1"])
         y = block.attn2(
@@ -167,7 +174,7 @@ def single_block(
         x, h = gate_residual_norm_modulate(
             x, y, **gated, shift=mods[3], scale=mods[4], shift_table=tables[3],
             scale_table=tables[4], weight=block.norm2.weight, bias=block.norm2.bias,
-            eps=block.norm2.eps, law=gated_law(law, x.dtype, y), out_dtype=x.dtype,
+            eps=block.norm2.eps, law=gated_law(normed_law(law, x), x.dtype, y), out_dtype=x.dtype,
         )  # fmt: skip
     else:
         x = _single_gate(x, y, gated, laws["ff"]) if gated else y + x
@@ -180,14 +187,14 @@ def _single_norm(norm: Any, x: Tensor, mods: Any, tables: Any, law: int) -> Tens
     if readable(norm, nn.LayerNorm):
         y = norm_modulate(
             x, shift, scale, shift_table=shift_table, scale_table=scale_table,
-            weight=norm.weight, bias=norm.bias, eps=norm.eps, law=law,
+            weight=norm.weight, bias=norm.bias, eps=norm.eps, law=normed_law(law, x),
         )  # fmt: skip
         return cast(Tensor, y)
     scale, shift = (scale_table + scale)[:, None], (shift_table + shift)[:, None]
     return norm(x) * (1 + scale) + shift
 
 
-def _single_gate(x: Tensor, y: Tensor, gate: dict[str, Tensor], law: int) -> Tensor:
+def _single_gate(x: Tensor, y: Tensor, gate: dict[str, Any], law: int) -> Tensor:
     if streams(x, y):
         return gate_residual(x, y, **gate, law=gated_law(law, x.dtype, y))
     return (gate["gate_table"] + gate["gate"])[:, None] * y + x

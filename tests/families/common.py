@@ -423,14 +423,21 @@ class FamilyTests:
         close({"": outputs[1][0]}, {"": outputs[0][0]}, 2e-5)
         close(outputs[1][1], outputs[0][1], 1e-4)
 
-    def test_group_offload(self, model: Any) -> None:
-        """In memory; norms then have hooks of their own, which decides the site at the call."""
+    @pytest.mark.parametrize("first", ["offload", "ours"])
+    def test_group_offload(self, model: Any, first: str) -> None:
+        """In memory; norms then have hooks of their own, which decides their sites at the call."""
         if not model._supports_group_offloading:
             return
         want = run(model, self.inputs())
-        accelerate(model)
         cpu = torch.device("cpu")
-        model.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+        steps = [lambda: model.enable_group_offload(cpu, cpu, offload_type="leaf_level"),
+                 lambda: accelerate(model)]  # fmt: skip
+        for step in steps if first == "offload" else steps[::-1]:
+            step()
+        assert all(is_accelerated(b) for b in blocks(model))
+        with torch.no_grad():
+            close({"": run(model, self.inputs())}, {"": want}, 2e-5)
+        restore(model)
         with torch.no_grad():
             close({"": run(model, self.inputs())}, {"": want}, 2e-5)
 

@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, Wan
 from torch import nn
 
 from sora_kernels import accelerate
-from tests.families.common import Case, FamilyTests, close, randomised, run
+from tests.families.common import Case, FamilyTests, cast, close, randomised, run
 from tests.helpers import randn
 
 FP32 = ("scale_shift_table", "norm1", "norm2", "norm3", "rope", "time_embedder")
@@ -105,3 +105,30 @@ def test_fused_projections_are_left_alone() -> None:
     close({"": run(fused, inputs(torch.float32))}, {"": want}, 2e-5)
     with pytest.raises(RuntimeError, match="fused projections"):
         accelerate(fused, strict=True)
+
+
+def test_layerwise_casting() -> None:
+    """fp8 storage: norms and tables stay as they are, linear layers are widened by their hooks."""
+    low = cast(model(), torch.bfloat16, FP32)
+    low.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)  # type: ignore[operator]
+    want = run(low, inputs(torch.bfloat16))
+    accelerate(low, strict=True)
+    assert (run(low, inputs(torch.bfloat16)) == want).float().mean() >= 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype: torch.dtype) -> None:
+    mixed = cast(model(), dtype, FP32)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = run(mixed, inputs(dtype))
+        accelerate(mixed, strict=True)
+        got = run(mixed, inputs(dtype))
+    assert got.dtype == want.dtype and (got == want).float().mean() >= 0.99
+
+
+def test_inference_mode() -> None:
+    plain = model()
+    with torch.inference_mode():
+        want = run(plain, inputs(torch.float32))
+        accelerate(plain)
+        close({"": run(plain, inputs(torch.float32))}, {"": want}, 2e-5)
