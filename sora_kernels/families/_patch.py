@@ -18,7 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+
+from .. import backend
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,16 @@ def upstream_class(module: nn.Module) -> type:
 
 
 def upstream_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What the class of ``module`` computes: for calls that an adapter does not restate."""
-    forward: Any = upstream_class(module).forward  # type: ignore[attr-defined]
+    """What the class of ``module`` computes: for calls that an adapter does not restate.
+
+    Warned of once, and kept for :func:`sora_kernels.explain`.
+    """
+    cls = upstream_class(module)
+    if not torch.compiler.is_compiling():
+        device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+        reason = "shapes, dtypes or arguments of a call are not those that are restated"
+        backend._record(cls.__name__, device, "upstream", reason)
+    forward: Any = cls.forward  # type: ignore[attr-defined]
     return forward(module, *args, **kwargs)
 
 

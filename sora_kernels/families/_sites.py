@@ -44,12 +44,17 @@ def readable(norm: nn.Module, *classes: type) -> bool:
     return why_unreadable(norm, *classes) is None
 
 
+def plain(*tensors: Tensor) -> bool:
+    """False for tensors of a subclass, such as sharded ones, which raw ops do not understand."""
+    return all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+
+
 def streams(x: Tensor, *branches: Tensor) -> bool:
     """True if the ops take this residual stream and these branches as they are."""
-    if x.dtype not in FLOATS:
+    if x.dtype not in FLOATS or not plain(x):
         return False
     for y in branches:
-        if y.shape != x.shape or y.device != x.device:
+        if not plain(y) or y.shape != x.shape or y.device != x.device:
             return False
         if y.dtype != x.dtype and not (x.dtype is torch.float32 and y.dtype in HALVES):
             return False

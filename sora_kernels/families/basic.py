@@ -20,6 +20,7 @@ from ._patch import upstream_forward
 from ._sites import (
     gated_law,
     normed_law,
+    plain,
     promotes,
     readable,
     scale_for,
@@ -149,6 +150,7 @@ def single_block(
     wide = None if t is None else torch.promote_types(t.dtype, table.dtype)
     if (
         t is None
+        or not plain(t, table)
         or not _restated(block, x, cross_attention_kwargs)
         or wide is not x.dtype
         or t.numel() != x.shape[0] * table.numel()

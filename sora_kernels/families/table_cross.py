@@ -18,7 +18,7 @@ from ..ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from ..ops.norm_modulate import norm_modulate
 from ._data import ABSENT
 from ._patch import upstream_forward
-from ._sites import readable, streams, why_unreadable
+from ._sites import plain, readable, streams, why_unreadable
 
 Laws = dict[str, int]
 
@@ -52,7 +52,8 @@ def wan_block(
 ) -> Any:
     """``WanTransformerBlock.forward``: fp32 modulation, every step back in the stream's dtype."""
     x = hidden_states
-    if x.ndim != 3 or not streams(x) or temb.shape[0] != x.shape[0] or temb.ndim not in (3, 4):
+    known = x.ndim == 3 and temb.ndim in (3, 4) and temb.shape[0] == x.shape[0]
+    if not known or not streams(x) or not plain(temb, block.scale_shift_table):
         return upstream_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
     tables = block.scale_shift_table[0].unbind(0)
     per = "token" if temb.ndim == 4 else "sample"  # Wan 2.2 ti2v: a time for every token

@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel, LatteTransformer3DModel, PixArtTran
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
-from sora_kernels import accelerate
+from sora_kernels import accelerate, backend, explain
 from tests.families.common import Case, FamilyTests, close, randomised, run
 from tests.helpers import randn
 
@@ -111,13 +111,17 @@ class TestLatte(FamilyTests):
     case = Case(latte, latte_inputs, latte_block, pixart_block_inputs, ("attn1", "ff"), cache=False)
 
 
-def test_chunked_feed_forward_runs_upstreams_code() -> None:
+def test_chunked_feed_forward_runs_upstreams_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says so, once."""
+    monkeypatch.setattr(backend, "_decisions", {})
     plain = pixart()
     for block in plain.transformer_blocks:  # type: ignore[union-attr]
         block.set_chunk_feed_forward(4, 1)
     want = run(plain, pixart_inputs(torch.float32))
     accelerate(plain)
-    assert torch.equal(run(plain, pixart_inputs(torch.float32)), want)
+    with pytest.warns(UserWarning, match="BasicTransformerBlock runs the upstream path"):
+        assert torch.equal(run(plain, pixart_inputs(torch.float32)), want)
+    assert "BasicTransformerBlock on cpu: upstream (shapes, dtypes or arguments" in explain()
 
 
 def test_another_variant_of_the_class_is_left_alone() -> None:
