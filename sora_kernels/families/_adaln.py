@@ -1,7 +1,7 @@
 """adaLN-Zero of diffusers: modules that project a modulation, and the ops that apply it.
 
-A modulation is one row per sample, ``[B, D]``, in the dtype of the stream. Each function runs an op
-if it may and upstream's expression otherwise. The formulas are those of ``AdaLayerNormZero`` and
+A modulation is one row per sample, ``[B, D]``, or ``[R, D]`` with ``rows``. Each function runs an
+op if it may and upstream's expression otherwise. The formulas are those of ``AdaLayerNormZero`` and
 its kin in ``normalization.py`` of diffusers 0.42.1 (Apache-2.0, The HuggingFace Team).
 """
 
@@ -21,20 +21,18 @@ from torch import Tensor, nn
 from ..ops.gate_residual import gate_residual
 from ..ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from ..ops.norm_modulate import norm_modulate
+from ..rows import RowMap
 from ._sites import FLOATS, readable, why_unreadable
 
-ZERO = (AdaLayerNormZero, AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX)
 _CHUNKS: dict[type, int] = {AdaLayerNormZero: 6, AdaLayerNormZeroSingle: 3,
                             SD35AdaLayerNormZeroX: 9}  # fmt: skip
 
-Modulation = tuple[Tensor, Tensor]  # shift, scale
 
-
-def fits(x: Tensor, *others: Tensor) -> bool:
+def fits(x: Tensor, *others: Tensor, rows: RowMap | None = None) -> bool:
     """True if the ops take the stream ``x`` ``[B, L, D]`` with these branches and modulations."""
     if x.ndim != 3 or x.dtype not in FLOATS:
         return False
-    shapes = (x.shape, (x.shape[0], x.shape[2]))
+    shapes = (x.shape, (rows.num_rows if rows else x.shape[0], x.shape[2]))
     return all(
         o.dtype == x.dtype and o.device == x.device and o.shape in shapes for o in others
     )  # upstream promotes other dtypes and broadcasts other shapes
@@ -48,34 +46,37 @@ def why_left(adaln: nn.Module, *classes: type) -> str | None:
     return reason or why_unreadable(cast(nn.Module, adaln.norm), nn.LayerNorm)
 
 
-def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor, law: int) -> Tensor:
+def modulated(
+    norm: Any, x: Tensor, shift: Tensor, scale: Tensor, law: int, rows: RowMap | None = None
+) -> Tensor:
     """``norm(x) * (1 + scale) + shift``."""
-    if fits(x, shift, scale) and readable(norm, nn.LayerNorm):
+    if fits(x, shift, scale, rows=rows) and readable(norm, nn.LayerNorm):
         y = norm_modulate(
-            x, shift, scale, weight=norm.weight, bias=norm.bias, eps=norm.eps, law=law
+            x, shift, scale, weight=norm.weight, bias=norm.bias, eps=norm.eps, rows=rows, law=law
         )
         return cast(Tensor, y)
-    return _plain(norm(x), shift, scale)
+    return norm(x) * _spread(1 + scale, x, rows) + _spread(shift, x, rows)
 
 
-def gated(x: Tensor, y: Tensor, gate: Tensor, law: int) -> Tensor:
+def gated(x: Tensor, y: Tensor, gate: Tensor, law: int, rows: RowMap | None = None) -> Tensor:
     """``x + gate * y``."""
-    if fits(x, y, gate):
-        return gate_residual(x, y, gate, law=law)
-    return x + gate.unsqueeze(1) * y
+    if fits(x, y, gate, rows=rows):
+        return gate_residual(x, y, gate, rows=rows, law=law)
+    return x + _spread(gate, x, rows) * y
 
 
 def gated_modulated(
-    norm: Any, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, law: int
-) -> tuple[Tensor, Tensor]:
+    norm: Any, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, law: int,
+    rows: RowMap | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``r = x + gate * y`` and ``norm(r) * (1 + scale) + shift``."""
-    if fits(x, y, gate, shift, scale) and readable(norm, nn.LayerNorm):
+    if fits(x, y, gate, shift, scale, rows=rows) and readable(norm, nn.LayerNorm):
         return gate_residual_norm_modulate(
             x, y, gate, shift, scale,
-            weight=norm.weight, bias=norm.bias, eps=norm.eps, law=law,
+            weight=norm.weight, bias=norm.bias, eps=norm.eps, rows=rows, law=law,
         )  # fmt: skip
-    x = gated(x, y, gate, law)
-    return x, modulated(norm, x, shift, scale, law)
+    x = gated(x, y, gate, law, rows)
+    return x, modulated(norm, x, shift, scale, law, rows)
 
 
 def zero(adaln: Any, x: Tensor, emb: Tensor, law: int) -> tuple[Tensor, ...]:
@@ -94,5 +95,6 @@ def continuous(adaln: Any, x: Tensor, emb: Tensor, law: int) -> Tensor:
     return modulated(adaln.norm, x, shift, scale, law)
 
 
-def _plain(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return normed * (1 + scale[:, None]) + shift[:, None]
+def _spread(mod: Tensor, x: Tensor, rows: RowMap | None) -> Tensor:
+    """A modulation in a shape that broadcasts over the tokens of ``x``."""
+    return mod[:, None] if rows is None else rows.expand(mod).view(*x.shape[:2], -1)

@@ -12,6 +12,8 @@ _MODELS = "diffusers.models.transformers"
 _NORMS = "diffusers.models.normalization"
 _ATTENTION = "diffusers.models.attention_processor"
 _FLUX = f"{_MODELS}.transformer_flux"
+_HUNYUAN = f"{_MODELS}.transformer_hunyuan_video"
+_REPLACE = f"{_HUNYUAN}.HunyuanVideoTokenReplace"
 _COG = f"{_MODELS}.cogvideox_transformer_3d"
 
 _ZERO = {f"{_NORMS}.AdaLayerNormZero.forward": "6d8d04cd7e217e08"}
@@ -48,6 +50,20 @@ _FLUX_QK = (
     ),
 )
 
+_HUNYUAN_QK = (
+    Processor(
+        attention="attn",
+        upstream=f"{_HUNYUAN}.HunyuanVideoAttnProcessor2_0",
+        ours="hunyuan.FusedHunyuanVideoAttnProcessor",
+        site=Site("attn.qk", "qk_norm_rope", ("xhat", "affine", "pre_rope")),
+        sources={
+            f"{_HUNYUAN}.HunyuanVideoAttnProcessor2_0.__call__": "c2d5255318ef57d4",
+            f"{_NORMS}.RMSNorm.forward": "b4644477d3960868",
+            **_ROTATION,
+        },
+    ),
+)
+
 BLOCKS: tuple[Block, ...] = (
     Block(
         family="Flux",
@@ -68,6 +84,57 @@ BLOCKS: tuple[Block, ...] = (
         sites=_ONE_STREAM,
         sources={f"{_FLUX}.FluxSingleTransformerBlock.forward": "6de94782d3c83de0", **_SINGLE},
         processors=_FLUX_QK,
+    ),
+    Block(
+        family="HunyuanVideo",
+        path=f"{_HUNYUAN}.HunyuanVideoTransformerBlock",
+        skeleton="joint",
+        forward="hunyuan_block",
+        survey="double_survey",
+        sites=_TWO_STREAMS,
+        sources={f"{_HUNYUAN}.HunyuanVideoTransformerBlock.forward": "98fbfbdcd77438a2", **_ZERO},
+        processors=_HUNYUAN_QK,
+    ),
+    Block(
+        family="HunyuanVideo single",
+        path=f"{_HUNYUAN}.HunyuanVideoSingleTransformerBlock",
+        skeleton="single",
+        forward="hunyuan_single",
+        survey="single_survey",
+        sites=_ONE_STREAM,
+        sources={
+            f"{_HUNYUAN}.HunyuanVideoSingleTransformerBlock.forward": "e6f3ea29054dfb48",
+            **_SINGLE,
+        },
+        processors=_HUNYUAN_QK,
+    ),
+    Block(
+        family="HunyuanVideo token replace",
+        path=f"{_HUNYUAN}.HunyuanVideoTokenReplaceTransformerBlock",
+        skeleton="joint",
+        forward="hunyuan_replace_block",
+        survey="double_survey",
+        sites=_TWO_STREAMS,
+        sources={
+            f"{_REPLACE}TransformerBlock.forward": "28ef4ec04cb74bc5",
+            f"{_REPLACE}AdaLayerNormZero.forward": "fff04381f8ae1096",
+            **_ZERO,
+        },
+        processors=_HUNYUAN_QK,
+    ),
+    Block(
+        family="HunyuanVideo token replace single",
+        path=f"{_HUNYUAN}.HunyuanVideoTokenReplaceSingleTransformerBlock",
+        skeleton="single",
+        forward="hunyuan_replace_single",
+        survey="single_survey",
+        sites=_ONE_STREAM,
+        sources={
+            f"{_REPLACE}SingleTransformerBlock.forward": "06f4093edc98cf7d",
+            f"{_REPLACE}AdaLayerNormZeroSingle.forward": "f301036837760d67",
+            **_SINGLE,
+        },
+        processors=_HUNYUAN_QK,
     ),
     Block(
         family="CogVideoX",

@@ -21,7 +21,7 @@ Laws = dict[str, int]
 
 def cogvideox_survey(block: Any) -> dict[str, str]:
     """Sites of a block that keep upstream's code."""
-    left = {}
+    left: dict[str, str] = {}
     for norm, site in ((block.norm1, "norm1"), (block.norm2, "attn1+norm2")):
         reason = why_left(norm, CogVideoXLayerNormZero)
         if reason:

@@ -1,9 +1,9 @@
-"""Two streams, image (or video) and text, that meet in one attention: Flux.
+"""Two streams, image (or video) and text, that meet in one attention: Flux, HunyuanVideo.
 
 The order of calls is that of diffusers 0.42.1 (Apache-2.0, The HuggingFace Team and the authors of
-the models): ``transformer_flux.py`` (Black Forest Labs). Linear layers, attentions and
-feed-forwards are called as modules, so LoRA, quantised layers, offloading and sharding act as
-before.
+the models): ``transformer_flux.py`` (Black Forest Labs), ``transformer_hunyuan_video.py`` (The
+Hunyuan Team). Linear layers, attentions and feed-forwards are called as modules, so LoRA, quantised
+layers, offloading and sharding act as before.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from typing import Any
 
 import torch
 from diffusers.models.normalization import AdaLayerNormZero
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoTokenReplaceAdaLayerNormZero,
+)
 from torch import Tensor, nn
 
+from ..rows import RowMap
 from ._adaln import gated, gated_modulated, why_left, zero
+from ._patch import upstream_class
 from ._sites import why_unreadable
+from ._token_replace import prefix_rows, zero_replaced
 
 Laws = dict[str, int]
 
@@ -24,19 +30,21 @@ def _left(reasons: dict[str, str | None]) -> dict[str, str]:
     return {site: reason for site, reason in reasons.items() if reason}
 
 
-# --- Flux ---------------------------------------------------------------------------------------
-
-
 def double_survey(block: Any) -> dict[str, str]:
     """Sites of a two-stream block that keep upstream's code."""
     return _left(
         {
-            "norm1": why_left(block.norm1, AdaLayerNormZero),
+            "norm1": why_left(
+                block.norm1, AdaLayerNormZero, HunyuanVideoTokenReplaceAdaLayerNormZero
+            ),
             "norm1_context": why_left(block.norm1_context, AdaLayerNormZero),
             "attn+norm2": why_unreadable(block.norm2, nn.LayerNorm),
             "attn+norm2_context": why_unreadable(block.norm2_context, nn.LayerNorm),
         }
     )
+
+
+# --- Flux ---------------------------------------------------------------------------------------
 
 
 def flux_block(
@@ -74,3 +82,82 @@ def flux_block(
     if text.dtype == torch.float16:
         text = text.clip(-65504, 65504)
     return text, x
+
+
+# --- HunyuanVideo -------------------------------------------------------------------------------
+
+
+def hunyuan_block(
+    block: Any,
+    laws: Laws,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    freqs_cis: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """``HunyuanVideoTransformerBlock.forward``, which ignores the rest of its arguments."""
+    given = zero(block.norm1, hidden_states, temb, laws["norm1"])
+    return _hunyuan(
+        block, laws, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, given
+    )
+
+
+def hunyuan_replace_block(
+    block: Any,
+    laws: Laws,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    freqs_cis: Any = None,
+    token_replace_emb: Tensor | None = None,
+    num_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``HunyuanVideoTokenReplaceTransformerBlock.forward``: the first ``num_tokens`` of the video
+    are those of a given frame."""
+    x = hidden_states
+    if token_replace_emb is None or num_tokens is None or x.ndim != 3:
+        return upstream_class(block).forward(  # type: ignore[attr-defined]
+            block, x, encoder_hidden_states, temb, attention_mask, freqs_cis,
+            token_replace_emb, num_tokens,
+        )  # fmt: skip
+    rows = prefix_rows(x, num_tokens)
+    given = zero_replaced(block.norm1, x, temb, token_replace_emb, num_tokens, rows, laws["norm1"])
+    return _hunyuan(
+        block, laws, x, encoder_hidden_states, temb, attention_mask, freqs_cis, given, rows
+    )
+
+
+def _hunyuan(
+    block: Any,
+    laws: Laws,
+    x: Tensor,
+    text: Tensor,
+    temb: Tensor,
+    mask: Tensor | None,
+    rotary: Any,
+    given: tuple[Tensor, ...],
+    rows: RowMap | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Everything behind the video's first norm, whose result and modulation are ``given``."""
+    h, gate, shift, scale, gate2 = given
+    h_text, gate_text, shift_text, scale_text, gate2_text = zero(
+        block.norm1_context, text, temb, laws["norm1_context"]
+    )
+    y, y_text = block.attn(
+        hidden_states=h,
+        encoder_hidden_states=h_text,
+        attention_mask=mask,
+        image_rotary_emb=rotary,
+    )
+    x, h = gated_modulated(block.norm2, x, y, gate, shift, scale, laws["attn+norm2"], rows)
+    text, h_text = gated_modulated(
+        block.norm2_context, text, y_text, gate_text, shift_text, scale_text,
+        laws["attn+norm2_context"],
+    )  # fmt: skip
+    y, y_text = block.ff(h), block.ff_context(h_text)
+    x = gated(x, y, gate2, laws["ff"], rows)
+    return x, gated(text, y_text, gate2_text, laws["ff_context"])

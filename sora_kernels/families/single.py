@@ -1,8 +1,9 @@
-"""One stream of image (or video) and text, attention and MLP side by side: Flux.
+"""One stream of image (or video) and text, attention and MLP side by side: Flux, HunyuanVideo.
 
 The order of calls is that of diffusers 0.42.1 (Apache-2.0, The HuggingFace Team and the authors of
-the models): ``transformer_flux.py`` (Black Forest Labs). Linear layers and attentions are called as
-modules, so LoRA, quantised layers, offloading and sharding act as before.
+the models): ``transformer_flux.py`` (Black Forest Labs), ``transformer_hunyuan_video.py`` (The
+Hunyuan Team). Linear layers and attentions are called as modules, so LoRA, quantised layers,
+offloading and sharding act as before.
 """
 
 from __future__ import annotations
@@ -11,17 +12,28 @@ from typing import Any
 
 import torch
 from diffusers.models.normalization import AdaLayerNormZeroSingle
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoTokenReplaceAdaLayerNormZeroSingle,
+)
 from torch import Tensor
 
+from ..rows import RowMap
 from ._adaln import gated, why_left, zero
+from ._patch import upstream_class
+from ._token_replace import prefix_rows, zero_replaced
 
 Laws = dict[str, int]
 
 
 def single_survey(block: Any) -> dict[str, str]:
     """Sites of a single-stream block that keep upstream's code."""
-    reason = why_left(block.norm, AdaLayerNormZeroSingle)
+    reason = why_left(
+        block.norm, AdaLayerNormZeroSingle, HunyuanVideoTokenReplaceAdaLayerNormZeroSingle
+    )
     return {"norm": reason} if reason else {}
+
+
+# --- Flux ---------------------------------------------------------------------------------------
 
 
 def flux_single(
@@ -46,3 +58,73 @@ def flux_single(
     if x.dtype == torch.float16:
         x = x.clip(-65504, 65504)
     return x[:, :text_length], x[:, text_length:]
+
+
+# --- HunyuanVideo -------------------------------------------------------------------------------
+
+
+def hunyuan_single(
+    block: Any,
+    laws: Laws,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """``HunyuanVideoSingleTransformerBlock.forward``, which ignores its other arguments."""
+    x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+    given = zero(block.norm, x, temb, laws["norm"])
+    length = encoder_hidden_states.shape[1]
+    return _hunyuan(block, laws, x, length, attention_mask, image_rotary_emb, given)
+
+
+def hunyuan_replace_single(
+    block: Any,
+    laws: Laws,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: Any = None,
+    token_replace_emb: Tensor | None = None,
+    num_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``HunyuanVideoTokenReplaceSingleTransformerBlock.forward``: the first ``num_tokens`` are
+    those of a given frame."""
+    if token_replace_emb is None or num_tokens is None or hidden_states.ndim != 3:
+        return upstream_class(block).forward(  # type: ignore[attr-defined]
+            block, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb,
+            token_replace_emb, num_tokens,
+        )  # fmt: skip
+    x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+    rows = prefix_rows(x, num_tokens)
+    given = zero_replaced(block.norm, x, temb, token_replace_emb, num_tokens, rows, laws["norm"])
+    length = encoder_hidden_states.shape[1]
+    return _hunyuan(block, laws, x, length, attention_mask, image_rotary_emb, given, rows)
+
+
+def _hunyuan(
+    block: Any,
+    laws: Laws,
+    x: Tensor,
+    length: int,
+    mask: Tensor | None,
+    rotary: Any,
+    given: tuple[Tensor, ...],
+    rows: RowMap | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Everything behind the norm; text, ``length`` tokens, comes last."""
+    h, gate = given
+    mlp = block.act_mlp(block.proj_mlp(h))
+    y, y_text = block.attn(
+        hidden_states=h[:, :-length],
+        encoder_hidden_states=h[:, -length:],
+        attention_mask=mask,
+        image_rotary_emb=rotary,
+    )
+    y = block.proj_out(torch.cat([torch.cat([y, y_text], dim=1), mlp], dim=2))
+    x = gated(x, y, gate, laws["proj_out"], rows)
+    return x[:, :-length], x[:, -length:]

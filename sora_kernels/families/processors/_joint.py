@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...packing import Rope
 from .._sites import FLOATS, readable, remembered_rope
@@ -21,6 +21,8 @@ def why_norms_left(attn: Any, kind: type, *names: str) -> str | None:
         norm = getattr(attn, name)
         if not readable(norm, kind) or norm.weight is None or norm.weight.ndim != 1:
             return f"{name} is not a plain {kind.__name__} with a weight"
+        if getattr(norm, "bias", None) is not None and kind is not nn.LayerNorm:
+            return f"{name} has a bias"
         if norm.eps is None or norm.eps != getattr(attn, names[0]).eps:
             return f"{names[0]} and {name} differ in eps"
         if norm.weight.dtype != getattr(attn, names[0]).weight.dtype:
