@@ -1,13 +1,14 @@
-"""Rows of the table of families: LTX-Video, Mochi, Cosmos, Latte, Allegro."""
+"""Rows of the table of families: LTX-Video, Mochi, Cosmos, Allegro."""
 
 from __future__ import annotations
 
-from ._rows import ONCE, STREAM, Block, Processor, Site
+from ._rows import LAYER, ONCE, STREAM, Block, Processor, Site
 
 _MODELS = "diffusers.models.transformers"
 _NORMS = "diffusers.models.normalization"
 _PROCESSORS = "diffusers.models.attention_processor"
 _LTX = f"{_MODELS}.transformer_ltx"
+_ALLEGRO = f"{_MODELS}.transformer_allegro"
 _COSMOS = f"{_MODELS}.transformer_cosmos"
 _MOCHI = f"{_MODELS}.transformer_mochi"
 
@@ -129,6 +130,32 @@ BLOCKS: tuple[Block, ...] = (
                     f"{_COSMOS}.CosmosAttnProcessor2_0.__call__": "f781d89a64533464",
                     f"{_NORMS}.RMSNorm.forward": "b4644477d3960868",
                     "diffusers.models.embeddings.apply_rotary_emb": "c0725f6dc9f4bc8a",
+                },
+            ),
+        ),
+    ),
+    Block(
+        family="Allegro",
+        path=f"{_ALLEGRO}.AllegroTransformerBlock",
+        skeleton="allegro",
+        forward="allegro_block",
+        survey="allegro_survey",
+        sites=(
+            Site("norm1", "norm_modulate", LAYER),
+            Site("attn1", "gate_residual", STREAM),
+            Site("attn2+norm2", "gate_residual_norm_modulate", (*LAYER, "residual")),
+            Site("ff", "gate_residual", STREAM),
+        ),
+        sources={f"{_ALLEGRO}.AllegroTransformerBlock.forward": "3392a366559772c1"},
+        processors=(
+            Processor(
+                attention="attn1",
+                upstream=f"{_PROCESSORS}.AllegroAttnProcessor2_0",
+                ours="allegro.FusedAllegroAttnProcessor",
+                site=Site("attn1.qk", "qk_norm_rope", ONCE),
+                sources={
+                    f"{_PROCESSORS}.AllegroAttnProcessor2_0.__call__": "09391e058bb29c90",
+                    "diffusers.models.embeddings.apply_rotary_emb_allegro": "4f27032c97eabadc",
                 },
             ),
         ),

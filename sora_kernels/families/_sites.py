@@ -106,11 +106,6 @@ def gated_law(law: int, gate: torch.dtype, y: Tensor) -> int:
     return law if narrow else law & ~int(Point.GATED | Point.TABLE)
 
 
-def widened(x: Tensor) -> bool:
-    """True if autocast makes the LayerNorm of this stream, and what it feeds, fp32."""
-    return x.dtype in HALVES and torch.is_autocast_enabled(x.device.type)
-
-
 def normed_law(law: int, x: Tensor) -> int:
     """Autocast on a GPU keeps the norm of a half stream and its modulation in fp32; the linear
     layer that follows rounds once, which is then the op's own rounding."""

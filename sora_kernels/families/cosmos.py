@@ -15,7 +15,16 @@ from ..ops.gate_residual import gate_residual
 from ..ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from ..ops.norm_modulate import norm_modulate
 from ._patch import upstream_forward
-from ._sites import readable, streams, untouched, why_unreadable, widened
+from ._sites import (
+    gated_law,
+    normed_law,
+    promotes,
+    readable,
+    scale_for,
+    streams,
+    untouched,
+    why_unreadable,
+)
 
 Laws = dict[str, int]
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate: [B, 1 or L, D] each
@@ -52,7 +61,7 @@ def cosmos_block(
 ) -> Any:
     """``CosmosTransformerBlock.forward``: a time for a sample or for every token."""
     x, emb = hidden_states, embedded_timestep
-    if x.ndim != 3 or emb.ndim not in (2, 3) or not streams(x) or widened(x):
+    if x.ndim != 3 or emb.ndim not in (2, 3) or not streams(x):
         return upstream_forward(
             block, x, encoder_hidden_states, emb, temb, image_rotary_emb, extra_pos_emb,
             attention_mask, controlnet_residual, latents, block_idx,
@@ -83,8 +92,8 @@ def _readable(norm: Any) -> bool:
 
 
 def _fits(x: Tensor, mod: Tensor) -> bool:
-    """A row for a sample or for every token, in the dtype of the stream."""
-    return mod.dtype is x.dtype and mod.shape[0] == x.shape[0] and mod.shape[1] in (1, x.shape[1])
+    """A row for a sample or for every token, which leaves the stream in its dtype."""
+    return promotes(x, mod) and mod.shape[0] == x.shape[0] and mod.shape[1] in (1, x.shape[1])
 
 
 def _modulation(norm: Any, emb: Tensor, temb: Tensor | None) -> Modulation:
@@ -101,8 +110,8 @@ def _apply(norm: Any, x: Tensor, mod: Modulation, law: int) -> tuple[Tensor, Ten
     if not (streams(x) and _fits(x, scale)):
         return norm.norm(x) * (1 + scale) + shift, gate
     y = norm_modulate(
-        x, shift, scale, per="frame", weight=norm.norm.weight, bias=norm.norm.bias,
-        eps=norm.norm.eps, law=law,
+        x, shift, scale_for(scale, x), per="frame", weight=norm.norm.weight, bias=norm.norm.bias,
+        eps=norm.norm.eps, law=normed_law(law, x),
     )  # fmt: skip
     return cast(Tensor, y), gate
 
@@ -131,21 +140,18 @@ def _gate_norm(
         x = _gate(x, y, gate, laws["ff"])
         return x, *_norm(norm, x, emb, temb, laws["norm1"])
     mod = _modulation(norm, emb, temb)
-    if not (_alike(x, y, gate) and _fits(x, mod[0]) and mod[0].shape == gate.shape):
+    if not (streams(x, y) and _fits(x, gate) and _fits(x, mod[0]) and mod[0].shape == gate.shape):
         x = _gate(x, y, gate, laws["ff"])
         return x, *_apply(norm, x, mod, laws["norm1"])
     x, h = gate_residual_norm_modulate(
-        x, y, gate, mod[0], mod[1], per="frame", weight=norm.norm.weight, bias=norm.norm.bias,
-        eps=norm.norm.eps, law=laws[site], out_dtype=x.dtype,
+        x, y, gate, mod[0], scale_for(mod[1], x), per="frame", weight=norm.norm.weight,
+        bias=norm.norm.bias, eps=norm.norm.eps,
+        law=gated_law(normed_law(laws[site], x), gate.dtype, y), out_dtype=x.dtype,
     )  # fmt: skip
     return x, h, mod[2]
 
 
-def _alike(x: Tensor, y: Tensor, gate: Tensor) -> bool:
-    return streams(x, y) and y.dtype is x.dtype and _fits(x, gate)
-
-
 def _gate(x: Tensor, y: Tensor, gate: Tensor, law: int) -> Tensor:
-    if _alike(x, y, gate):
-        return gate_residual(x, y, gate, per="frame", law=law)
+    if streams(x, y) and _fits(x, gate):
+        return gate_residual(x, y, gate, per="frame", law=gated_law(law, gate.dtype, y))
     return x + gate * y

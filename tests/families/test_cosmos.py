@@ -107,7 +107,7 @@ def test_image_context() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(dtype: torch.dtype) -> None:
-    """Norms are fp32 under autocast, modulations bf16: upstream's code, but for q and k."""
+    """Modulations and branches are bf16 under autocast, whatever the stream is."""
     wide = block()
     given = block_inputs(dtype)
     with torch.autocast("cpu", torch.bfloat16):
