@@ -56,3 +56,16 @@ def test_arrows_go_one_way() -> None:
     for path in (ROOT / "sora_kernels").rglob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} & {"model", "benchmarks", "tests"}
         assert not outside, path
+
+
+def test_ops_know_no_family_and_only_families_know_upstream() -> None:
+    package = ROOT / "sora_kernels"
+    lazy = {"_data", "_fingerprint", "_patch", "_report", "_rows", "_sites", "sources", "__init__"}
+    for path in package.rglob("*.py"):
+        names = imports(path)
+        inside = path.is_relative_to(package / "families")
+        if path.is_relative_to(package / "ops"):
+            assert not any("families" in name for name in names), path
+        if not inside or path.stem in lazy:  # loaded before a model of upstream is there
+            roots = {name.split(".")[0] for name in names}
+            assert not roots & {"diffusers", "transformers", "peft", "accelerate"}, path

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import accelerate as hf_accelerate
@@ -14,15 +16,16 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
-from sora_kernels import accelerate, restore
+import sora_kernels
+from sora_kernels import accelerate, laws, restore
 from sora_kernels.families import _fingerprint, _sites, is_accelerated
-from sora_kernels.families._data import BLOCKS
+from sora_kernels.families._data import BLOCKS, Block
 from sora_kernels.families._fingerprint import fingerprint, unknown_source
 from sora_kernels.families._patch import class_path
 from sora_kernels.families.sources import known_sources, main
 from sora_kernels.packing import Rope
 from tests.families import test_wan
-from tests.families.common import blocks, close, documented, documented_counts, run
+from tests.families.common import FamilyTests, blocks, close, documented, documented_counts, run
 from tests.helpers import randn
 
 
@@ -227,6 +230,43 @@ def test_the_docs_list_every_family() -> None:
     for block in BLOCKS:
         assert documented_counts(block.family).total() > 0
         assert f"`{block.path.rsplit('.', 1)[1]}`" in documented()[block.family]["block class"]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.family)
+def test_rows_name_what_exists(block: Block) -> None:
+    skeleton = importlib.import_module(f"sora_kernels.families.{block.skeleton}")
+    assert callable(getattr(skeleton, block.forward))
+    assert callable(getattr(skeleton, block.survey))
+    names = [site.name for site in (*block.sites, *(p.site for p in block.processors))]
+    assert len(set(names)) == len(names)
+    for site in (*block.sites, *(p.site for p in block.processors)):
+        laws.resolve(site.law)
+        assert callable(getattr(sora_kernels, site.op))
+    for processor in block.processors:
+        ours = _fingerprint.resolve(f"sora_kernels.families.processors.{processor.ours}")
+        upstream = _fingerprint.resolve(processor.upstream)
+        assert ours.__mro__[1] is upstream
+        for name in ("_attention_backend", "_parallel_config"):
+            assert getattr(ours, name, "none") == getattr(upstream, name, "none")
+        assert callable(importlib.import_module(ours.__module__).why_left)
+        assert any(path.startswith(processor.upstream) for path in processor.sources)
+    assert any(path.startswith(block.path) for path in block.sources)
+
+
+def test_every_family_is_tested() -> None:
+    tested = set()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        if path.stem == "test_fsdp":
+            continue
+        module = importlib.import_module(f"tests.families.{path.stem}")
+        for value in vars(module).values():
+            if (
+                isinstance(value, type)
+                and issubclass(value, FamilyTests)
+                and hasattr(value, "case")
+            ):
+                tested |= set(accelerate(value.case.model(), dry_run=True).families)
+    assert tested == {block.family for block in BLOCKS}
 
 
 def test_nothing_of_upstream_is_imported_without_a_model() -> None:
