@@ -98,6 +98,15 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return tensors(model(**inputs, return_dict=False))[0]
 
 
+def sample(inputs: dict[str, Any], number: int) -> dict[str, Any]:
+    """The inputs of one sample; tensors without a dimension of samples stay as they are."""
+    batch = max(v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 2)
+    return {
+        k: v[number : number + 1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == batch else v
+        for k, v in inputs.items()
+    }
+
+
 def gradients(outputs: list[Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of all leaves that the outputs depend on, for random upstream gradients."""
     upstream = [randn(*o.shape, seed=i).to(o.dtype) for i, o in enumerate(outputs)]
@@ -231,11 +240,7 @@ class FamilyTests:
 
     def test_triton(self, model: nn.Module) -> None:
         """One sample through the Triton kernels in their interpreter: a block of each kind."""
-        inputs = self.inputs()
-        batch = max(v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 2)
-        for name, v in inputs.items():
-            if isinstance(v, Tensor) and v.ndim and v.shape[0] == batch:
-                inputs[name] = v[:1]
+        inputs = sample(self.inputs(), 0)
         want = run(model, inputs)
         expected = gradients([want], parameters(model))
         first = {e.family: e.module for e in reversed(accelerate(model).entries)}
