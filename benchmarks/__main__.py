@@ -57,7 +57,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         description="Times our ops against plain PyTorch, torch.compile and peers. "
         "Also: `compare BASE.json HEAD.json`, `plot F.json -o DIR`.",
     )
-    parser.add_argument("--suite", choices=("ops", "block", "e2e", "all"), default="ops")
+    parser.add_argument("--suite", choices=("ops", "block", "e2e", "dropin", "all"), default="ops")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds")
     parser.add_argument("--only", metavar="NAME", help="an op, a glob over op/mode/case/dtype, A|B")

@@ -26,9 +26,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative L2 distance to the plain provider over which a provider's time is refused. Loose on
 # purpose: exactness is the tests' job, this only keeps the time of a wrong result off the table.
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
-SUITES = ("ops", "block", "e2e")
+SUITES = ("ops", "block", "e2e", "dropin")
 OPS_PATTERN = "bench_*.py"
-SUITE_MODULES = {"block": "benchmarks.block", "e2e": "benchmarks.end_to_end"}
+SUITE_MODULES = {
+    "block": "benchmarks.block",
+    "e2e": "benchmarks.end_to_end",
+    "dropin": "benchmarks.dropin",
+}
 
 T = TypeVar("T")
 
