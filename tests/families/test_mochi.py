@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 from diffusers import MochiTransformer3DModel
 from diffusers.models.transformers.transformer_mochi import MochiRoPE, MochiTransformerBlock
@@ -84,6 +85,29 @@ def test_counts_of_the_last_block() -> None:
     report = accelerate(last_block(), strict=True)
     assert report.families == ["Mochi, last block"]
     assert report.counts() == Counter(norm_modulate=3, gate_residual=2, qk_norm_rope=1)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (3, 3), (4, 0)])
+def test_prompts_of_any_length(lengths: tuple[int, int]) -> None:
+    """One attention for all samples if they are equally long; the last block drops the text."""
+    given = inputs(torch.float32)
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    given["encoder_attention_mask"] = mask
+    plain = model().requires_grad_(False)
+    plain.transformer_blocks.requires_grad_(True)  # type: ignore[union-attr]
+    calls, results = [], []
+    for patched in (False, True):
+        if patched:
+            accelerate(plain, strict=True)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            out = run(plain, given)
+        found = {e.key: e.count for e in seen.key_averages()}
+        calls.append(found["aten::scaled_dot_product_attention"])
+        results.append(({"": out}, gradients([out], parameters(plain))))
+    pooling = 1  # of the text, for the time embedding
+    assert calls == [pooling + 6, pooling + (3 if lengths[0] == lengths[1] else 6)]
+    close(results[1][0], results[0][0], 2e-5)
+    close(results[1][1], results[0][1], 1e-4)
 
 
 def test_learning_the_angles_runs_upstreams_rotation() -> None:

@@ -1,12 +1,15 @@
-"""Mochi: RMSNorm per head, weights of their own for text, rotation of the video with angles that
-differ per head.
+"""Mochi: RMSNorm per head, video and text by weights of their own, angles that differ per head.
 
 The order of calls is that of ``MochiAttnProcessor2_0.__call__`` in diffusers 0.42.1 (Apache-2.0,
-The HuggingFace Team), with its attention of one sample after the other.
+The HuggingFace Team). Upstream joins each sample's video with its valid text tokens by copies of q,
+k and v, one sample after the other, and pads every result. Here the op writes each token to its
+place at once: video, valid text, the rest; attention reads the front of that.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from typing import Any
 
 import torch
@@ -15,15 +18,14 @@ from diffusers.models.normalization import MochiRMSNorm
 from torch import Tensor
 from torch.nn import functional
 
-from ...ops.qk_norm_rope import qk_norm_rope
+from ...ops.qk_norm_rope import qk_norm_rope_joint
 from ...packing import Rope
-from .._sites import FLOATS, readable, remembered_rope
-
-_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+from .._sites import FLOATS, remembered_rope
+from ._joint import why_norms_left
 
 
 class FusedMochiAttnProcessor(MochiAttnProcessor2_0):
-    """Norms and rotation of q and k of both streams; learning the angles runs upstream's code."""
+    """Both streams; learning the angles runs upstream's code."""
 
     sora_law: int = 0
 
@@ -35,73 +37,98 @@ class FusedMochiAttnProcessor(MochiAttnProcessor2_0):
         attention_mask: Tensor,
         image_rotary_emb: Any = None,
     ) -> Any:
+        x, text, mask = hidden_states, encoder_hidden_states, attention_mask
         if (
             why_left(attn) is not None
-            or hidden_states.dtype not in FLOATS
-            or hidden_states.ndim != 3
+            or x.dtype not in FLOATS
+            or x.ndim != 3
+            or text.dtype is not x.dtype
+            or mask.shape != text.shape[:2]
             or not _is_constant(image_rotary_emb)
         ):
-            return super().__call__(
-                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-            )
-        heads = (attn.heads, -1)
-        query, key, value = (
-            linear(hidden_states).unflatten(2, heads)
-            for linear in (attn.to_q, attn.to_k, attn.to_v)
+            return super().__call__(attn, x, text, mask, image_rotary_emb)
+        linears = (
+            (x, (attn.to_q, attn.to_k, attn.to_v)),
+            (text, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)),
         )
+        heads, length, text_length = (attn.heads, -1), x.shape[1], text.shape[1]
         rope = None
         if image_rotary_emb is not None:
             cos, sin = image_rotary_emb
-            rope = remembered_rope(cos, sin, attn.heads, _rope)
-        law = self.sora_law
-        query, key = qk_norm_rope(
-            query, key, attn.norm_q.weight, attn.norm_k.weight, rope, eps=attn.norm_q.eps, law=law
-        )
-        text_query, text_key, text_value = (
-            linear(encoder_hidden_states).unflatten(2, heads)
-            for linear in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        )
-        text_query, text_key = qk_norm_rope(
-            text_query, text_key, attn.norm_added_q.weight, attn.norm_added_k.weight,
-            eps=attn.norm_added_q.eps, law=law,
+            rope = remembered_rope(cos, sin, text_length, _rope)
+        rows, valid = _remembered_rows(mask, length)
+        joint = qk_norm_rope_joint(
+            [[p(stream).unflatten(2, heads) for p in three] for stream, three in linears],
+            [attn.norm_q.weight, attn.norm_added_q.weight],
+            [attn.norm_k.weight, attn.norm_added_k.weight],
+            rope, index=rows, eps=attn.norm_q.eps, law=self.sora_law,
         )  # fmt: skip
-
-        video = [t.transpose(1, 2) for t in (query, key, value)]
-        text = [t.transpose(1, 2) for t in (text_query, text_key, text_value)]
-        length, text_length = query.shape[1], text_query.shape[1]
-        outputs = []
-        for i in range(query.shape[0]):
-            valid = torch.nonzero(attention_mask[i].flatten(), as_tuple=False).flatten()
-            q, k, v = (
-                torch.cat((a[i : i + 1], b[i : i + 1, :, valid]), dim=2)
-                for a, b in zip(video, text, strict=True)
-            )
+        # One call if all prompts are equally long, else one for each sample, as upstream
+        alike = len(set(valid)) == 1
+        groups = [slice(None)] if alike else [slice(i, i + 1) for i in range(len(valid))]
+        videos, texts = [], []
+        for group, count in zip(groups, valid, strict=not alike):
+            q, k, v = (t[group, : length + count].transpose(1, 2) for t in joint)
             out = functional.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
-            outputs.append(functional.pad(out, (0, 0, 0, length + text_length - out.shape[2])))
-        joint = torch.cat(outputs).transpose(1, 2).flatten(2, 3)
-        out, text_out = joint.split_with_sizes((length, text_length), dim=1)
-        out = attn.to_out[1](attn.to_out[0](out))
+            out = out.transpose(1, 2).flatten(2, 3)
+            videos.append(out[:, :length])
+            texts.append(functional.pad(out[:, length:], (0, 0, 0, text_length - count)))
+        y, y_text = (t[0] if alike else torch.cat(t) for t in (videos, texts))
+        y = attn.to_out[1](attn.to_out[0](y))
         if hasattr(attn, "to_add_out"):
-            text_out = attn.to_add_out(text_out)
-        return out, text_out
+            y_text = attn.to_add_out(y_text)
+        return y, y_text
 
 
 def why_left(attn: Any) -> str | None:
     """Why the norms of this attention keep upstream's code, or None."""
-    for name in _NORMS:
-        norm = getattr(attn, name)
-        if not readable(norm, MochiRMSNorm) or norm.weight is None:
-            return f"{name} is not a plain MochiRMSNorm"
-    if len({getattr(attn, name).eps for name in _NORMS}) != 1:
-        return "the norms of q and k differ in eps"
-    return None
+    return why_norms_left(attn, MochiRMSNorm, "norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 
-def _rope(cos: Tensor, sin: Tensor, heads: int) -> Rope:
-    """Upstream's tables ``[L, heads, D / 2]``."""
-    return Rope.from_tables(cos, sin, per_head=True)
-
-
-def _is_constant(rotary: tuple[Tensor, Tensor] | None) -> bool:
+def _is_constant(rotary: Any) -> bool:
     """The angles are a parameter of the model: the op has no gradient for them."""
     return rotary is None or (rotary[0].element_size() >= 4 and not rotary[0].requires_grad)
+
+
+def _rope(cos: Tensor, sin: Tensor, text_length: int) -> Rope:
+    """Upstream's tables ``[L, heads, D / 2]``, then text, which is not turned."""
+    return Rope.from_tables(cos, sin, per_head=True).padded(after=text_length)
+
+
+Rows = tuple[tuple[Tensor, Tensor], list[int]]
+
+_last_rows: list[Any] = []
+
+
+def _forget(kept: list[Any], _: Any) -> None:
+    kept.clear()
+
+
+def _remembered_rows(mask: Tensor, length: int) -> Rows:
+    """:func:`_rows`, kept while the next blocks bring the very same mask: it waits for the device.
+
+    One entry, which goes when the mask does. Not while compiling.
+    """
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return _rows(mask, length)
+    key = (mask._version, length)
+    if _last_rows and _last_rows[0]() is mask and _last_rows[1] == key:
+        rows: Rows = _last_rows[2]
+        return rows
+    rows = _rows(mask, length)
+    _last_rows[:] = [weakref.ref(mask, functools.partial(_forget, _last_rows)), key, rows]
+    return rows
+
+
+def _rows(mask: Tensor, length: int) -> Rows:
+    """Where video and text tokens go, int64, and how many text tokens of each sample are valid.
+
+    A sample has ``length`` video tokens, then its valid text tokens in their order, then the rest.
+    """
+    valid = mask != 0
+    counts = valid.sum(1, keepdim=True)
+    rank = torch.where(valid, valid.cumsum(1), counts + (~valid).cumsum(1)) - 1
+    start = torch.arange(len(mask), device=mask.device)[:, None] * (length + mask.shape[1])
+    video = start + torch.arange(length, device=mask.device)
+    text = start + length + rank
+    return (video.flatten(), text.flatten()), counts.flatten().tolist()
