@@ -114,6 +114,34 @@ def end_to_end() -> str:
     return table(header, rows) + "\n\n" + conditions(report)
 
 
+def dropin() -> str:
+    """Blocks of diffusers: milliseconds of every way, and the patched block against upstream's."""
+    report = load(RESULTS / "dropin.json")
+    if report is None:
+        return "Not measured yet."
+    times = {
+        (r["case"], r["dtype"], r["mode"], r["provider"]): r["p50_ms"] for r in report["rows"]
+    }
+    ways = ("plain", "compile", OURS, "patched_compile")
+    rows = []
+    for row in report["rows"]:
+        if row["provider"] == OURS:
+            key = (row["case"], row["dtype"], row["mode"])
+            found = [times.get((*key, way)) for way in ways]
+            rows.append(
+                [
+                    " ".join(key),
+                    *("-" if ms is None else f"{ms:.0f}" for ms in found),
+                    against(row, "plain"),
+                ]
+            )
+    header = (
+        "block", "upstream, ms", "compiled", "accelerated", "accelerated + compiled",
+        "accelerated is faster than upstream",
+    )  # fmt: skip
+    return table(header, rows) + "\n\n" + conditions(report)
+
+
 def scores() -> str:
     """What the oracle reads in generated clips."""
     report = load(ROOT / "model" / "results" / "evaluate.json")
@@ -153,6 +181,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dispatch": dispatch,
     "block": lambda: timings("block"),
     "e2e": end_to_end,
+    "dropin": dropin,
     "scores": scores,
 }
 
