@@ -24,8 +24,7 @@ from ..ops.norm_modulate import norm_modulate
 from ..rows import RowMap
 from ._sites import FLOATS, readable, why_unreadable
 
-_CHUNKS: dict[type, int] = {AdaLayerNormZero: 6, AdaLayerNormZeroSingle: 3,
-                            SD35AdaLayerNormZeroX: 9}  # fmt: skip
+_CHUNKS: dict[type, int] = {AdaLayerNormZero: 6, AdaLayerNormZeroSingle: 3}
 
 
 def fits(x: Tensor, *others: Tensor, rows: RowMap | None = None) -> bool:
@@ -68,14 +67,20 @@ def gated(x: Tensor, y: Tensor, gate: Tensor, law: int, rows: RowMap | None = No
 def gated_modulated(
     norm: Any, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, law: int,
     rows: RowMap | None = None,
+    second: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``r = x + gate * y`` and ``norm(r) * (1 + scale) + shift``."""
-    if fits(x, y, gate, shift, scale, rows=rows) and readable(norm, nn.LayerNorm):
+    """``r = x + gate * y`` and ``norm(r) * (1 + scale) + shift``; ``second``: y and gate of a
+    branch that joins behind the first."""
+    y2, gate2 = second or (None, None)
+    fit = fits(x, y, gate, shift, scale, *(second or ()), rows=rows)
+    if fit and readable(norm, nn.LayerNorm):
         return gate_residual_norm_modulate(
-            x, y, gate, shift, scale,
+            x, y, gate, shift, scale, y2=y2, gate2=gate2,
             weight=norm.weight, bias=norm.bias, eps=norm.eps, rows=rows, law=law,
         )  # fmt: skip
     x = gated(x, y, gate, law, rows)
+    if second is not None:
+        x = gated(x, *second, law, rows)
     return x, modulated(norm, x, shift, scale, law, rows)
 
 
@@ -85,6 +90,25 @@ def zero(adaln: Any, x: Tensor, emb: Tensor, law: int) -> tuple[Tensor, ...]:
         return cast(tuple[Tensor, ...], adaln(x, emb=emb))
     shift, scale, *rest = adaln.linear(adaln.silu(emb)).chunk(_CHUNKS[type(adaln)], dim=1)
     return modulated(adaln.norm, x, shift, scale, law), *rest
+
+
+def zero_x(adaln: Any, x: Tensor, emb: Tensor, law: int) -> tuple[Tensor, ...]:
+    """What ``adaln(x, emb=emb)`` returns for an ``SD35AdaLayerNormZeroX``: one norm, modulated
+    twice; the second modulated norm and the gate of its branch come last."""
+    if why_left(adaln, SD35AdaLayerNormZeroX) is None:
+        chunks = adaln.linear(adaln.silu(emb)).chunk(9, dim=1)
+        shift, scale, *rest, shift2, scale2, gate2 = chunks
+        if fits(x, *chunks):
+            h, h2 = norm_modulate(
+                x, shift, scale, shift2=shift2, scale2=scale2, eps=adaln.norm.eps,
+                weight=adaln.norm.weight, bias=adaln.norm.bias, law=law,
+            )  # fmt: skip
+        else:
+            normed = adaln.norm(x)
+            h = normed * (1 + scale[:, None]) + shift[:, None]
+            h2 = normed * (1 + scale2[:, None]) + shift2[:, None]
+        return h, *rest, h2, gate2
+    return cast(tuple[Tensor, ...], adaln(x, emb=emb))
 
 
 def continuous(adaln: Any, x: Tensor, emb: Tensor, law: int) -> Tensor:

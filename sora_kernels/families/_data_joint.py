@@ -64,6 +64,23 @@ _HUNYUAN_QK = (
     ),
 )
 
+_SD3 = "diffusers.models.attention.JointTransformerBlock"
+_SD3_SOURCES = {f"{_SD3}.forward": "7d31683bf491d1e3", **_ZERO}
+
+
+def _sd3_qk(attention: str) -> Processor:
+    return Processor(
+        attention=attention,
+        upstream=f"{_ATTENTION}.JointAttnProcessor2_0",
+        ours="sd3.FusedJointAttnProcessor",
+        site=Site(f"{attention}.qk", "qk_norm_rope", ("xhat", "affine")),
+        sources={
+            f"{_ATTENTION}.JointAttnProcessor2_0.__call__": "217e6f45660baa27",
+            f"{_NORMS}.RMSNorm.forward": "b4644477d3960868",
+        },
+    )
+
+
 BLOCKS: tuple[Block, ...] = (
     Block(
         family="Flux",
@@ -166,5 +183,44 @@ BLOCKS: tuple[Block, ...] = (
                 },
             ),
         ),
+    ),
+    Block(
+        family="SD3",
+        path=_SD3,
+        skeleton="joint",
+        forward="sd3_block",
+        survey="sd3_survey",
+        sites=_TWO_STREAMS,
+        sources=_SD3_SOURCES,
+        processors=(_sd3_qk("attn"),),
+        when={"use_dual_attention": False, "context_pre_only": False},
+    ),
+    Block(
+        family="SD3 last",
+        path=_SD3,
+        skeleton="joint",
+        forward="sd3_block",
+        survey="sd3_survey",
+        sites=tuple(s for s in _TWO_STREAMS if s.name not in ("attn+norm2_context", "ff_context")),
+        sources={
+            **_SD3_SOURCES,
+            f"{_NORMS}.AdaLayerNormContinuous.forward": "361afe55ce135da5",
+        },
+        processors=(_sd3_qk("attn"),),
+        when={"use_dual_attention": False, "context_pre_only": True},
+    ),
+    Block(
+        family="SD3.5 dual attention",
+        path=_SD3,
+        skeleton="joint",
+        forward="sd3_block",
+        survey="sd3_survey",
+        sites=_TWO_STREAMS,
+        sources={
+            **_SD3_SOURCES,
+            f"{_NORMS}.SD35AdaLayerNormZeroX.forward": "47354fab8a27c90d",
+        },
+        processors=(_sd3_qk("attn"), _sd3_qk("attn2")),
+        when={"use_dual_attention": True, "context_pre_only": False},
     ),
 )
