@@ -24,24 +24,22 @@ import copy
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, ModelHook
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from sora_kernels import accelerate, restore, use_backend
 from sora_kernels.families import is_accelerated
 from sora_kernels.families._data import BY_PATH
 from sora_kernels.families._patch import class_path, upstream_class
+from tests.families.watching import AttentionInputs, Counting, branch_values
 from tests.helpers import randn, ulp
 
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
@@ -149,58 +147,6 @@ def documented_counts(family: str) -> Counter[str]:
     return Counter({op: int(number) for number, op in found})
 
 
-class _Attention(TorchFunctionMode):
-    """Records what reaches PyTorch's attention: q and k, normed and rotated."""
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention:
-            given = [*args, *(kwargs or {}).values()]
-            self.seen += [t.detach().clone() for t in given[:2]]
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def branch_values(
-    block: nn.Module, names: tuple[str, ...], forced: list[Any] | None = None
-) -> Iterator[dict[str, list[Any]]]:
-    """Records inputs and outputs of a block's branches, or puts recorded ones in their place.
-
-    With ``forced`` every site computes from upstream's own numbers, so that it is seen alone.
-    """
-    record: dict[str, list[Any]] = {"in": [], "out": []}
-
-    def before(module: Any, args: Any, kwargs: Any) -> Any:
-        record["in"].append((args, dict(kwargs)))
-        return None if forced is None else forced["in"][len(record["in"]) - 1]  # type: ignore[call-overload]
-
-    def after(module: Any, args: Any, output: Any) -> Any:
-        record["out"].append(output)
-        return None if forced is None else forced["out"][len(record["out"]) - 1]  # type: ignore[call-overload]
-
-    with ExitStack() as stack:
-        for name in names:
-            module = block.get_submodule(name)
-            handle = module.register_forward_pre_hook(before, with_kwargs=True)
-            stack.callback(handle.remove)
-            stack.callback(module.register_forward_hook(after).remove)
-        yield record
-
-
-class Counting(ModelHook):  # type: ignore[misc]
-    """A hook of diffusers that counts the calls of its module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return args, kwargs
-
-
 class FamilyTests:
     """Inherit, and set ``case``."""
 
@@ -291,7 +237,7 @@ class FamilyTests:
                     accelerate(block, strict=True)
                 with (
                     branch_values(block, self.case.branches, recorded) as record,
-                    _Attention() as a,
+                    AttentionInputs() as a,
                 ):
                     output = block(*given)
                 recorded = recorded or record
