@@ -15,9 +15,11 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoTransformerBlock,
 )
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from sora_kernels import accelerate
-from tests.families.common import Case, FamilyTests, close, randomised, run
+from tests.families.common import Case, FamilyTests, close, gradients, parameters, randomised, run
 from tests.helpers import randn
 
 
@@ -71,18 +73,31 @@ def replace_single_block() -> nn.Module:
 
 def block_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
     rotary = HunyuanVideoRotaryPosEmbed(2, 1, [16, 56, 56], 256.0)(torch.empty(1, 16, 3, 8, 8))
-    mask = (torch.arange(48 + 7) < 48 + 5)[None, None, None]
     return (
         randn(1, 48, 1536, seed=3).to(dtype),
         randn(1, 7, 1536, seed=4).to(dtype),
         randn(1, 1536, seed=5).to(dtype),
-        mask,
+        None,
         rotary,
     )
 
 
 def replace_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
     return *block_inputs(dtype), randn(1, 1536, seed=6).to(dtype), 16
+
+
+class Masks(TorchFunctionMode):
+    """Records the number of keys, and if there is a mask, at every attention."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, bool]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            key = kwargs.get("key", args[1] if len(args) > 1 else None)
+            self.seen.append((key.shape[-2], kwargs.get("attn_mask") is not None))
+        return func(*args, **kwargs)
 
 
 DOUBLE, SINGLE = ("attn", "ff", "ff_context"), ("attn", "proj_out")
@@ -124,6 +139,43 @@ def test_the_prefix_has_rows_of_its_own() -> None:
         made(*given)
         assert not torch.isclose(seen[0][:, :4], seen[1][:, :4]).all(-1).any()
         assert torch.equal(seen[0][:, 4:], seen[1][:, 4:])
+
+
+@pytest.mark.parametrize("lengths", [(14, 14), (17, 13), (17, 17)])
+def test_padding_of_the_text_is_cut_off(lengths: tuple[int, ...]) -> None:
+    """No mask reaches the attention, and what upstream's mask gives comes out."""
+    made = randomised(HunyuanVideoTransformerBlock(2, 12, 2.0))
+    mask = (torch.arange(17) < torch.tensor(lengths)[:, None])[:, None, None]
+    x, text, temb = randn(2, 12, 24, seed=1), randn(2, 5, 24, seed=2), randn(2, 24, seed=3)
+    want = made(x, text, temb, mask)
+    expected = gradients(list(want), parameters(made))
+    accelerate(made, strict=True)
+    with Masks() as masks:
+        got = made(x, text, temb, mask)
+    keys = [lengths[0]] if len(set(lengths)) == 1 else list(lengths)
+    assert masks.seen == [(n, False) for n in keys]
+    close(dict(zip("xy", got, strict=True)), dict(zip("xy", want, strict=True)), 2e-5)
+    close(gradients(list(got), parameters(made)), expected, 1e-4)
+    mask[0, ..., 10:] = False  # written to in place: the lengths are read again
+    with Masks() as masks:
+        made(x, text, temb, mask)
+    assert (10, False) in masks.seen
+
+
+def test_other_masks_stay() -> None:
+    made = randomised(HunyuanVideoTransformerBlock(2, 12, 2.0))
+    x, text, temb = randn(2, 12, 24, seed=1), randn(2, 5, 24, seed=2), randn(2, 24, seed=3)
+    hole = torch.ones(2, 1, 1, 17, dtype=torch.bool)
+    hole[:, ..., 3] = False
+    added = torch.zeros(2, 1, 1, 17).masked_fill(~hole, -1e4)
+    with torch.no_grad():
+        wanted = [made(x, text, temb, mask) for mask in (hole, added)]
+        accelerate(made, strict=True)
+        for mask, want in zip((hole, added), wanted, strict=True):
+            with Masks() as masks:
+                got = made(x, text, temb, mask)
+            assert masks.seen == [(17, True)]
+            close(dict(zip("xy", got, strict=True)), dict(zip("xy", want, strict=True)), 2e-5)
 
 
 def test_fused_projections_are_left_alone() -> None:

@@ -1,11 +1,15 @@
 """HunyuanVideo: RMSNorm of every head, then an interleaved rotation of the video's tokens.
 
+Padding at the end of the text is cut off from keys and values instead of masked: the same sums
+without the keys that count nothing, and attention backends that are fast only without a mask work.
+
 The order of calls is that of ``HunyuanVideoAttnProcessor2_0.__call__`` in diffusers 0.42.1
 (Apache-2.0, The Hunyuan Team and The HuggingFace Team).
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -62,23 +66,69 @@ class FusedHunyuanVideoAttnProcessor(HunyuanVideoAttnProcessor2_0):
                 index=rows_of(lengths, len(x), x.device),
                 **options,
             )
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        out = out.flatten(2, 3).to(query.dtype)
+        out = self._attend(query, key, value, attention_mask).flatten(2, 3).to(query.dtype)
         y, y_text = out.split_with_sizes(lengths, dim=1)
         if getattr(attn, "to_out", None) is not None:
             y = attn.to_out[1](attn.to_out[0](y))
         if getattr(attn, "to_add_out", None) is not None:
             y_text = attn.to_add_out(y_text)
         return y, y_text
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Upstream's attention, of each sample to its own keys where these are known."""
+        given = [(query, key, value, mask)]
+        lengths = None if self._parallel_config is not None else key_lengths(mask, key)
+        if lengths is not None and len(set(lengths)) == 1:
+            given = [(query, key[:, : lengths[0]], value[:, : lengths[0]], None)]
+        elif lengths is not None:
+            given = [
+                (query[i : i + 1], key[i : i + 1, :n], value[i : i + 1, :n], None)
+                for i, n in enumerate(lengths)
+            ]
+        outputs = [
+            dispatch_attention_fn(
+                q,
+                k,
+                v,
+                attn_mask=m,
+                dropout_p=0.0,
+                is_causal=False,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+            for q, k, v, m in given
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+_last_mask: list[Any] = []
+
+
+def key_lengths(mask: Any, key: Tensor) -> list[int] | None:
+    """How many keys of each sample a mask ``[B, 1, 1, N]`` leaves, if these are its first ones.
+
+    Reads the mask once, on a GPU that is one synchronisation for all blocks of a step: the model
+    hands the same mask to each. None (the mask stays) for any other mask, and where nothing can be
+    read or kept: compiled code, captured graphs, inference tensors.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(mask) is not Tensor
+        or mask.dtype is not torch.bool
+        or mask.shape != (key.shape[0], 1, 1, key.shape[1])
+        or mask.is_inference()
+        or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return None
+    if _last_mask and _last_mask[0]() is mask and _last_mask[1] == mask._version:
+        return _last_mask[2]
+    keys = mask[:, 0, 0]
+    counts = keys.sum(1)
+    first = torch.arange(keys.shape[1], device=keys.device) < counts[:, None]
+    *lengths, regular = torch.cat([counts, (keys == first).all()[None]]).tolist()
+    known = lengths if regular and min(lengths) > 0 else None
+    _last_mask[:] = [weakref.ref(mask, lambda _: _last_mask.clear()), mask._version, known]
+    return known
 
 
 def why_left(attn: Any) -> str | None:
