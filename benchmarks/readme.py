@@ -119,9 +119,7 @@ def dropin() -> str:
     report = load(RESULTS / "dropin.json")
     if report is None:
         return "Not measured yet."
-    times = {
-        (r["case"], r["dtype"], r["mode"], r["provider"]): r["p50_ms"] for r in report["rows"]
-    }
+    times = {(r["case"], r["dtype"], r["mode"], r["provider"]): r["p50_ms"] for r in report["rows"]}
     ways = ("plain", "compile", OURS, "patched_compile")
     rows = []
     for row in report["rows"]:
