@@ -59,7 +59,7 @@ def flash_attn_func(
         for n in (length, k.shape[1])
     )
     found = packed_attention(
-        *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens=cu_q, max_seqlen=length,
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens=cu_q, max_seqlen=length,
         cu_seqlens_k=cu_k, max_seqlen_k=k.shape[1], softmax_scale=softmax_scale, causal=causal,
         return_lse=return_attn_probs, deterministic=deterministic,
     )  # fmt: skip
