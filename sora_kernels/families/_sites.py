@@ -68,11 +68,11 @@ def bias_of(norm: nn.Module) -> Tensor | None:
 
 
 def modulates(x: Tensor, *parts: Tensor) -> bool:
-    """True if a modulation added up of these has the dtype of ``x``: else upstream promotes."""
+    """True if the ops take these parts of a modulation, whose sum has the dtype of ``x``."""
     dtype = parts[0].dtype
     for part in parts[1:]:
         dtype = torch.promote_types(dtype, part.dtype)
-    return x.dtype in FLOATS and dtype is x.dtype
+    return x.dtype in FLOATS and dtype is x.dtype and plain(x, *parts)
 
 
 def untouched(module: nn.Module, cls: type) -> bool:

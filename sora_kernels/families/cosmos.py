@@ -18,6 +18,7 @@ from ._patch import upstream_forward
 from ._sites import (
     gated_law,
     normed_law,
+    plain,
     promotes,
     readable,
     scale_for,
@@ -93,7 +94,8 @@ def _readable(norm: Any) -> bool:
 
 def _fits(x: Tensor, mod: Tensor) -> bool:
     """A row for a sample or for every token, which leaves the stream in its dtype."""
-    return promotes(x, mod) and mod.shape[0] == x.shape[0] and mod.shape[1] in (1, x.shape[1])
+    rows = mod.shape[0] == x.shape[0] and mod.shape[1] in (1, x.shape[1])
+    return rows and promotes(x, mod) and plain(mod)
 
 
 def _modulation(norm: Any, emb: Tensor, temb: Tensor | None) -> Modulation:

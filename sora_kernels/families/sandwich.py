@@ -20,7 +20,7 @@ from torch import Tensor
 from ..ops.gate_residual import gate_residual
 from ..ops.norm_modulate import norm_modulate
 from ._patch import upstream_forward
-from ._sites import FLOATS, streams, why_unreadable
+from ._sites import FLOATS, plain, streams, why_unreadable
 
 Laws = dict[str, int]
 
@@ -86,7 +86,7 @@ def _rest(block: Any, laws: Laws, stream: str, x: Tensor, y: Tensor, mods: Any) 
     )
     gate, scale, gate_ff = mods
     x = _sandwich(norm2, x, y, gate, laws["attn1" + stream])
-    if streams(x) and _readable(norm3):
+    if streams(x) and plain(scale) and _readable(norm3):
         h = _scaled(norm3.norm, x, scale, laws["norm3" + stream])
     else:
         h = norm3(x, 1 + scale.unsqueeze(1).to(torch.float32))
@@ -120,6 +120,9 @@ def _first(norm: Any, x: Tensor, temb: Tensor, law: int) -> tuple[Tensor, tuple[
         h, *mods = norm(x, temb)
         return h, tuple(mods)
     scale, *mods = norm.linear(norm.silu(temb)).chunk(4, dim=1)
+    if not plain(scale):
+        h = norm.norm(x.to(torch.float32)) * (1 + scale[:, None].to(torch.float32))
+        return h.to(x.dtype), tuple(mods)
     return _scaled(norm.norm, x, scale, law), tuple(mods)
 
 
@@ -128,10 +131,13 @@ def _continuous(norm: Any, x: Tensor, temb: Tensor, law: int) -> Tensor:
     if not _readable(norm):
         return cast(Tensor, norm(x, temb))
     scale = norm.linear_1(norm.silu(temb).to(x.dtype))
+    if not plain(scale):
+        return cast(Tensor, norm.norm(x, 1 + scale.unsqueeze(1).to(torch.float32)))
     return _scaled(norm.norm.norm, x, scale, law)
 
 
 def _sandwich(norm: Any, x: Tensor, y: Tensor, gate: Tensor, law: int) -> Tensor:
-    if streams(x, y) and gate.dtype is y.dtype and gate.dtype in FLOATS and _readable(norm):
+    taken = plain(gate) and gate.dtype is y.dtype and gate.dtype in FLOATS
+    if taken and streams(x, y) and _readable(norm):
         return gate_residual(x, y, gate, tanh=True, norm="rms", eps=norm.norm.eps, law=law)
     return x + cast(Tensor, norm(y, torch.tanh(gate).unsqueeze(1)))

@@ -91,3 +91,15 @@ def test_autocast() -> None:
         got = wide(*given)
     assert got.dtype is want.dtype is torch.float32
     close({"": got}, {"": want}, 1e-2)
+
+
+def test_compiled_blocks() -> None:
+    """Without a graph break; upstream does not name the blocks for `compile_repeated_blocks`."""
+    compiled = model()
+    given = inputs(torch.float32)
+    want = run(compiled, given)
+    accelerate(compiled, strict=True)
+    for layer in compiled.transformer_blocks:  # type: ignore[union-attr]
+        layer.compile(fullgraph=True, backend="aot_eager")
+    close({"": run(compiled, given)}, {"": want}, 2e-5)
+    torch.compiler.reset()

@@ -153,3 +153,15 @@ def test_a_gate_wider_than_its_branch_runs_upstreams_code() -> None:
 class Widened(nn.SiLU):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float())
+
+
+def test_compiled_blocks() -> None:
+    """Without a graph break; upstream does not name the blocks for `compile_repeated_blocks`."""
+    compiled = model()
+    given = inputs(torch.float32)
+    want = run(compiled, given)
+    accelerate(compiled, strict=True)
+    for layer in compiled.transformer_blocks:  # type: ignore[union-attr]
+        layer.compile(fullgraph=True, backend="aot_eager")
+    close({"": run(compiled, given)}, {"": want}, 2e-5)
+    torch.compiler.reset()
