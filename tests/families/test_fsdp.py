@@ -23,6 +23,7 @@ from tests.families import (
     test_hunyuan_video,
     test_ltx,
     test_mochi,
+    test_sd3,
     test_wan,
 )
 from tests.families.common import blocks, close, parameters, run, sample
@@ -39,6 +40,7 @@ MODELS: dict[str, Any] = {
     "hunyuan": (test_hunyuan_video.model, test_hunyuan_video.inputs),
     "ltx": (test_ltx.model, test_ltx.inputs),
     "mochi": (test_mochi.model, test_mochi.inputs),
+    "sd3": (test_sd3.dual_model, test_sd3.inputs),
 }
 ORDERS = ("ours first", "sharded first")
 
