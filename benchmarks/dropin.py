@@ -105,8 +105,9 @@ def flux() -> Family:
 
     def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
         side = 20
-        at = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(side), torch.arange(side),
-                                        indexing="ij"), -1).view(-1, 3)  # fmt: skip
+        rows = torch.arange(float(side))
+        axes = torch.meshgrid(torch.zeros(1), rows, rows, indexing="ij")
+        at = torch.stack(axes, -1).view(-1, 3)
         rotary = FluxPosEmbed(10000, [16, 56, 56])(torch.cat((torch.zeros(TEXT, 3), at)))
         x, text = randn(1, side * side, 3072, dtype=dtype), randn(1, TEXT, 3072, dtype=dtype)
         return x, text, randn(1, 3072, dtype=dtype), rotary

@@ -30,7 +30,7 @@ from sora_kernels import (
     qk_norm_rope,
 )
 
-from . import block
+from . import block, dropin
 from .plain_dit import gated, modulate, norm, rotate, turns_of
 from .registry import DTYPES, Inputs, tensors_of
 
@@ -186,8 +186,11 @@ CALLS: dict[str, tuple[Call, Call]] = {
 }
 
 
-def measure(dtypes: Sequence[str] = ("fp32", "bf16"), only: str | None = None) -> list[Any]:
-    """A row per op and dtype, the whole block of `benchmarks.block` with its projections last."""
+def measure(
+    dtypes: Sequence[str] = ("fp32", "bf16"), only: str | None = None, dropins: bool = False
+) -> list[Any]:
+    """A row per op and dtype, then the whole block of `benchmarks.block` with its projections; and
+    with ``dropins`` blocks of diffusers before and after `accelerate`."""
     found = []
     for dtype in dtypes:
         made = inputs(dtype)
@@ -197,12 +200,30 @@ def measure(dtypes: Sequence[str] = ("fp32", "bf16"), only: str | None = None) -
             name = f"DiT block, D={block.WIDTH}"
             todo.append((name, whole, partial(block_ours, recompute=False), block_plain))
             todo.append((f"{name}, recompute", whole, block_ours, block_plain))
+            todo += dropin_blocks(dtype) if dropins else []
         for op, given, ours, plain in todo:
             if only not in (None, op):
                 continue
             kept, plain_kept = saved_bytes(ours, given), saved_bytes(plain, given)
             found.append({"op": op, "dtype": dtype, "ours": kept, "plain": plain_kept})
     return found
+
+
+def dropin_blocks(dtype: str) -> list[tuple[str, Inputs, Call, Call]]:
+    """Blocks of diffusers after `accelerate` and as they are, under LoRA training."""
+    found: list[tuple[str, Inputs, Call, Call]] = []
+    for make in dropin.FAMILIES:
+        given = dropin.made(make, dtype, True)
+        x, *rest = given["arguments"]
+        v = {"x": x, "ours": given["ours"], "plain": given["plain"]}
+        name = f"{make().case.split(',')[0]}, LoRA"
+        calls = [partial(dropin_call, which, rest) for which in ("ours", "plain")]
+        found.append((name, v, calls[0], calls[1]))
+    return found
+
+
+def dropin_call(which: str, rest: Sequence[Any], v: Inputs) -> object:
+    return v[which](v["x"], *rest)
 
 
 def block_ours(v: Inputs, recompute: bool = True) -> Tensor:
@@ -230,12 +251,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.memory", description="Bytes kept from forward to backward."
     )
     parser.add_argument("--json", metavar="F", help="where to write the rows")
+    parser.add_argument(
+        "--dropin", action="store_true", help="blocks of diffusers too (needs diffusers and peft)"
+    )
     options = parser.parse_args(argv)
     target = Path(options.json) if options.json else None
     if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
         print(f"benchmarks.memory: --json: cannot write {target}", file=sys.stderr)
         return 2
-    found = measure()
+    found = measure(dropins=options.dropin)
     if target:
         beside = target.with_name(target.name + ".part")
         beside.write_text(json.dumps({"schema": 1, "rows": found}, indent=1) + "\n")
