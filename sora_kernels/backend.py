@@ -212,6 +212,7 @@ def _record(op: str, device: str, backend: str, reason: str | None) -> None:
     if _decisions.get((op, device)) == decision:
         return
     _decisions[op, device] = decision
+    _settled.clear()  # the next call on the fast path says so again
     if reason is not None and "fp64" not in reason:  # fp64 is asked for on purpose
         warnings.warn(f"sora_kernels.{op} runs the {backend} path: {reason}", stacklevel=4)
 

@@ -85,6 +85,7 @@ def test_interruption_saves_a_state_to_resume_from(
 ) -> None:
     run = trainer(cache)
     advance = run.advance
+    before = signal.getsignal(signal.SIGINT)  # ignored, if the tests run in the background
 
     def interrupted() -> tuple:
         result = advance()
@@ -97,7 +98,7 @@ def test_interruption_saves_a_state_to_resume_from(
     second = trainer(cache)
     training.restore(second, tmp_path / training.STATE)
     assert second.step == 2
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(cache: LatentCache, tmp_path: Path) -> None:

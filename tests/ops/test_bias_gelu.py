@@ -212,6 +212,9 @@ def test_compiles_in_one_graph_and_keeps_its_numbers() -> None:
 
 def test_explain_names_the_fast_path() -> None:
     bias_gelu(randn(2, 8))
+    bias_gelu(randn(2, 8).double())
+    assert "bias_gelu on cpu: reference" in sora_kernels.explain()
+    bias_gelu(randn(2, 8))
     expected = "native" if backend.why_not("bias_gelu", "native", "cpu") is None else "reference"
     assert f"bias_gelu on cpu: {expected}" in sora_kernels.explain()
 
