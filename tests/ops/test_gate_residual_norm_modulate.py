@@ -218,7 +218,8 @@ def test_only_wanted_gradients(backend: str) -> None:
     upstream: list[Tensor | None] = [randn(2, 20, 24, seed=9), randn(2, 20, 24, seed=8)]
     with use_backend(backend):
         everything = run(fused, full, upstream)
-        for keep in (*((name,) for name in full), ("x", "weight"), ("y", "gate_table")):
+        keeps = [*((name,) for name in full), ("x", "weight"), ("y", "gate_table")]
+        for keep in keeps[:: 3 if backend == "triton" else 1]:  # the interpreter is slow
             some = {k: v.detach().requires_grad_(k in keep) for k, v in full.items()}
             got = run(fused, some, upstream)
             assert got.keys() == {"out0", "out1", *(f"d{k}" for k in keep)}
