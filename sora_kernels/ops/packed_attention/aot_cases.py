@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
 import torch
 
 from ...aot import ARCHS, AotCase
@@ -14,6 +17,8 @@ from .kernels_bwd import (
     _packed_attention_bwd_kernel_dq,
 )
 
+Choose: TypeAlias = Callable[[int, torch.dtype, tuple[int, int] | None], Config]
+
 HEAD_DIMS = (64, 72, 96, 128, 256)
 _KERNELS = {
     "fwd": _packed_attention_fwd_kernel,
@@ -23,14 +28,17 @@ _KERNELS = {
 # tl.dot in the source of each kernel per part of the head dim, both loops counted.
 _DOTS = {"fwd": 4, "dq": 6, "dkv": 8}
 _FP32 = ("lse_ptr", "delta_ptr", "dlse_ptr")
-_INT32 = ("work_ptr", "cu_q_ptr", "cu_k_ptr")
+_INT32 = ("work_ptr", "cu_ptr", "cu_q_ptr", "cu_k_ptr", "table_ptr")
 
 
 def matrix_case(
-    kind: str, head_dim: int, dtype: str, launch: Launch, config: Config, archs: tuple[int, ...]
-) -> AotCase:
-    """One of the three matrix kernels, with the strides of a packed QKV of 16-byte rows."""
-    kernel = _KERNELS[kind]
+    kernel: Any, kind: str, dots: int, head_dim: int, dtype: str, launch: Launch, config: Config,
+    archs: tuple[int, ...],
+) -> AotCase:  # fmt: skip
+    """A matrix kernel, dense or windowed, with the strides of a packed QKV of 16-byte rows.
+
+    ``dots`` counts `tl.dot` per part of the head dim.
+    """
     constexprs = {
         "D": head_dim,
         "D1": config.dim1,
@@ -49,7 +57,7 @@ def matrix_case(
             signature[name] = f"*{element}"
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
-    dots = _DOTS[kind] * (2 if config.dim2 else 1)
+    dots *= 2 if config.dim2 else 1
     return AotCase(
         name=f"{kind}_hd{head_dim}_{dtype}_sm{'_'.join(map(str, archs))}",
         kernel=kernel,
@@ -87,20 +95,28 @@ def delta_case(head_dim: int) -> AotCase:
     )
 
 
-def aot_cases() -> list[AotCase]:
-    """Every head dim and direction at the launch each chip gets; chips that agree share a case.
-
-    Few on purpose (a compilation takes seconds): causal, grouped heads and cross-attention are
-    run-time integers, and fp16 differs from bf16 in one field of an instruction.
-    """
-    cases = [delta_case(72), delta_case(128)]
-    shapes = [(d, torch.bfloat16, "bf16") for d in HEAD_DIMS]
+def matrix_cases(
+    kernels: dict[str, Any], dots: dict[str, int], head_dims: Sequence[int], choose: Choose
+) -> list[AotCase]:
+    """Every head dim and direction at the launch each chip gets; chips that agree share a case."""
+    cases = []
+    shapes = [(d, torch.bfloat16, "bf16") for d in head_dims]
     for head_dim, dtype, name in [*shapes, (64, torch.float32, "fp32")]:
-        for kind in _KERNELS:
+        for kind, kernel in kernels.items():
             launches: dict[Launch, list[int]] = {}
             for arch in ARCHS if dtype is torch.bfloat16 else (80, 90):
-                config = choose_config(head_dim, dtype, divmod(arch, 10))
+                config = choose(head_dim, dtype, divmod(arch, 10))
                 launches.setdefault(getattr(config, kind), []).append(arch)
             for launch, archs in launches.items():
-                cases.append(matrix_case(kind, head_dim, name, launch, config, tuple(archs)))
+                chips = tuple(archs)
+                cases.append(
+                    matrix_case(kernel, kind, dots[kind], head_dim, name, launch, config, chips)
+                )
     return cases
+
+
+def aot_cases() -> list[AotCase]:
+    """Few on purpose (a compilation takes seconds): causal, grouped heads and cross-attention are
+    run-time integers, and fp16 differs from bf16 in one field of an instruction."""
+    matrices = matrix_cases(_KERNELS, _DOTS, HEAD_DIMS, choose_config)
+    return [delta_case(72), delta_case(128), *matrices]

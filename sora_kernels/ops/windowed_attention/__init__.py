@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import backend
+from .._attention import fake_bwd, fake_fwd, gradients
 from .reference import windowed_attention_reference
 
 if TYPE_CHECKING:
@@ -112,42 +113,10 @@ class _WindowedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        out = saved[3]
-        rest = (None,) * 7
-        if dout is None and dlse is None:
-            return None, None, None, None, *rest
-        if dout is None:  # only the lse was used
-            dout = out.new_zeros(out.shape)
-        need_q, need_k, need_v = ctx.needs_input_grad[1:4]
-        run = backend.implementation(_OP, "bwd", ctx.chosen, out)
-        dq, dk, dv = run(dout, dlse, *saved, *ctx.statics, need_q, need_k or need_v)
-        return (
-            None,
-            dq if need_q else None,
-            dk if need_k else None,
-            dv if need_v else None,
-            *rest,
-        )
+        return None, *gradients(_OP, ctx, dout, dlse), *(None,) * 7
 
 
 # --- registration -------------------------------------------------------------------------------
-
-
-def _fake_fwd(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    return q.new_empty(q.shape), lse
-
-
-def _fake_bwd(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    need_dq, need_dkv = args[-2:]
-    return (
-        q.new_empty(q.shape if need_dq else (0,)),
-        k.new_empty(k.shape if need_dkv else (0,)),
-        v.new_empty(v.shape if need_dkv else (0,)),
-    )
 
 
 backend.register(
@@ -157,7 +126,7 @@ backend.register(
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor cu_seqlens, Tensor table, Tensor? work_dq, Tensor? work_dkv, int[] window, "
     "float scale, bool need_dq, bool need_dkv) -> (Tensor, Tensor, Tensor)",
-    _fake_fwd,
-    _fake_bwd,
+    fake_fwd,
+    fake_bwd,
     cpu="cpu",
 )
