@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, compare two reports, plot one."""
+"""``python -m benchmarks``: measure, compare two reports, plot one, model GPUs, gate a change."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m benchmarks",
         description="Times our ops against plain PyTorch, torch.compile and peers. "
-        "Also: `compare BASE.json HEAD.json`, `plot F.json -o DIR`.",
+        "Also: `compare BASE.json HEAD.json`, `plot F.json -o DIR`, `model`, `gate`.",
     )
     parser.add_argument("--suite", choices=("ops", "block", "e2e", "dropin", "all"), default="ops")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -81,6 +81,14 @@ def _writable(path: str) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code (0 fine, 1 a failure found, 2 bad input)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] == "model":
+        from .model import main as model
+
+        return model(arguments[1:])
+    if arguments and arguments[0] == "gate":
+        from .gate import main as gate
+
+        return gate(arguments[1:])
     command = arguments[0] if arguments and arguments[0] in ("compare", "plot") else "run"
     options = _parser(command).parse_args(arguments[1:] if command != "run" else arguments)
     if command == "compare":
@@ -271,7 +279,7 @@ def _run_cuda(
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] not in (["compare"], ["plot"]):
+    if not {*sys.argv[1:2]} & {"compare", "plot", "model", "gate"}:
         from .pinned import pin
 
         pin(sys.argv[1:])
