@@ -1,130 +1,42 @@
 """`accelerate` on blocks of diffusers at their real widths: what a user of one call gets.
 
-A block as upstream has it (``plain``), that one compiled (``compile``), after
-`sora_kernels.accelerate` (``sora_kernels``) and that compiled (``patched_compile``): inference,
-full training and LoRA training (rank 16 on q, k, v, out). Projections, attention and feed-forward
-are upstream's in all of them, so what can be gained is what lies between, and it is less the
-wider the block. Rows where we lose are shown like the others.
+A block as upstream has it (``plain``), that one compiled, as `compile_repeated_blocks` compiles it
+(``compile``), after `sora_kernels.accelerate` (``sora_kernels``) and that compiled
+(``patched_compile``): inference, LoRA training (rank 16 on q, k, v, out) and full training.
+Projections, attention and feed-forward are upstream's in all of them, so what can be gained is what
+lies between, and it is less the wider the block. Rows where we lose are shown like the others.
+
+The op of a case is its family: ``--only Wan`` or ``--only "PixArt|DiT"`` measures parts, whose
+reports `benchmarks.readme` puts together. Memory is the peak of what torch's allocator handed out
+during one call: activations, results and gradients, not the weights and inputs that were there
+before (`sora_kernels.bench.memory`).
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .dropin_blocks import FAMILIES, Family
 from .registry import DTYPES, Case, Context, Inputs, Provider, Run, Unavailable, tensors_of
+from .runner import Disagreement
 
-GRID = (4, 16, 16)
-TOKENS, TEXT = GRID[0] * GRID[1] * GRID[2], 128
-LORA = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-@dataclass(frozen=True)
-class Family:
-    """A block of upstream and what it is called with.
-
-    Attributes:
-        case: name and size in the table.
-        width: of the residual stream.
-        block: makes it, with upstream's initial weights.
-        arguments: of one call, for a dtype.
-        fp32: parts of parameter names that upstream keeps in fp32.
-    """
-
-    case: str
-    width: int
-    block: Callable[[], nn.Module]
-    arguments: Callable[[torch.dtype], tuple[Any, ...]]
-    fp32: tuple[str, ...] = ()
-
-
-def randn(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape).to(dtype)
-
-
-def wan() -> Family:
-    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
-
-    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
-        rotary = WanRotaryPosEmbed(128, (1, 1, 1), 64)(torch.empty(1, 16, *GRID))
-        x, text = randn(1, TOKENS, 1536, dtype=dtype), randn(1, TEXT, 1536, dtype=dtype)
-        return x, text, randn(1, 6, 1536, dtype=torch.float32), rotary
-
-    return Family(
-        f"Wan 2.1 1.3B, {TOKENS} tokens", 1536,
-        lambda: WanTransformerBlock(1536, 8960, 12, cross_attn_norm=True), arguments,
-        ("scale_shift_table", "norm1", "norm2", "norm3"),
-    )  # fmt: skip
-
-
-def ltx() -> Family:
-    from diffusers.models.transformers.transformer_ltx import (
-        LTXVideoRotaryPosEmbed,
-        LTXVideoTransformerBlock,
-    )
-
-    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
-        rotary = LTXVideoRotaryPosEmbed(2048)(torch.empty(1, TOKENS, 2048), *GRID, (8 / 25, 32, 32))
-        x, text = randn(1, TOKENS, 2048, dtype=dtype), randn(1, TEXT, 2048, dtype=dtype)
-        return x, text, randn(1, 1, 6 * 2048, dtype=dtype), rotary
-
-    return Family(
-        f"LTX-Video 2B, {TOKENS} tokens", 2048,
-        lambda: LTXVideoTransformerBlock(2048, 32, 64, 2048), arguments,
-    )  # fmt: skip
-
-
-def cogvideox() -> Family:
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
-
-    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
-        t, h, w = GRID
-        rotary = get_3d_rotary_pos_embed(64, ((0, 0), (h, w)), (h, w), t)
-        x, text = randn(1, TOKENS, 1920, dtype=dtype), randn(1, TEXT, 1920, dtype=dtype)
-        return x, text, randn(1, 512, dtype=dtype), rotary
-
-    return Family(
-        f"CogVideoX 2B, {TOKENS}+{TEXT} tokens", 1920,
-        lambda: CogVideoXBlock(1920, 30, 64, 512), arguments,
-    )  # fmt: skip
-
-
-def flux() -> Family:
-    from diffusers.models.transformers.transformer_flux import (
-        FluxPosEmbed,
-        FluxSingleTransformerBlock,
-    )
-
-    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
-        side = 20
-        rows = torch.arange(float(side))
-        axes = torch.meshgrid(torch.zeros(1), rows, rows, indexing="ij")
-        at = torch.stack(axes, -1).view(-1, 3)
-        rotary = FluxPosEmbed(10000, [16, 56, 56])(torch.cat((torch.zeros(TEXT, 3), at)))
-        x, text = randn(1, side * side, 3072, dtype=dtype), randn(1, TEXT, 3072, dtype=dtype)
-        return x, text, randn(1, 3072, dtype=dtype), rotary
-
-    return Family(
-        f"Flux single, 400+{TEXT} tokens", 3072,
-        lambda: FluxSingleTransformerBlock(3072, 24, 128), arguments,
-    )  # fmt: skip
-
-
-FAMILIES = (wan, ltx, cogvideox, flux)
+LORA = ("to_q", "to_k", "to_v", "to_out.0", "proj_out")
 #: mode, whether LoRA's weights alone train, operations in forwards
-WAYS = (("fwd", False, 1), ("fwd+bwd", False, 3), ("fwd+bwd", True, 2))
+WAYS = (("fwd", False, 1), ("fwd+bwd", True, 2), ("fwd+bwd", False, 3))
+# The 2x rule in a half format, by the norm of each result: at most so many times the error that
+# upstream itself has against fp32, and an ulp.
+FACTOR, ULP = {"fwd": 2, "fwd+bwd": 3}, 2.0**-8
 
 
 def made(make: Callable[[], Family], dtype: str, lora: bool) -> Inputs:
-    """The block twice, with the same weights; all of them train, or LoRA's alone."""
+    """The block twice, around the same weights; all of them train, or LoRA's alone."""
     from sora_kernels import accelerate
 
     family = make()
@@ -146,42 +58,107 @@ def made(make: Callable[[], Family], dtype: str, lora: bool) -> Inputs:
         for name, p in block.named_parameters():
             if "lora_" in name:
                 p.data = p.data.to(DTYPES[dtype])
-    ours = copy.deepcopy(block)
+    ours = copy.deepcopy(block, {id(p): p for p in block.parameters()})
     accelerate(ours, strict=True)
-    return {"plain": block, "ours": ours, "arguments": family.arguments(DTYPES[dtype])}
+    given = family.arguments(DTYPES[dtype])
+    return {"plain": block, "ours": ours, "arguments": given, "streams": family.streams}
+
+
+def call_of(block: Callable[..., Any], module: nn.Module, given: Inputs, mode: str) -> Run:
+    """One step: the forward alone, or with gradients of what trains and of the streams, whose
+    blocks before train too."""
+    arguments = list(given["arguments"])
+    if mode == "fwd":
+
+        def forward() -> object:
+            with torch.no_grad():
+                return block(*arguments)
+
+        return forward
+    streams = [a.detach().requires_grad_() for a in arguments[: given["streams"]]]
+    rest = arguments[len(streams) :]
+    wanted = [*streams, *(p for p in module.parameters() if p.requires_grad)]
+
+    def both() -> object:
+        outputs = [y for y in tensors_of(block(*streams, *rest)) if y.requires_grad]
+        return torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs])
+
+    return both
 
 
 def provider(name: str, mode: str, compile: bool = False) -> Provider:
     def build(given: Inputs) -> Run:
         block = given[name]
-        call: Callable[..., Any] = block
-        if compile:
-            call = torch.compile(block, dynamic=False)
-        x, *rest = given["arguments"]
-        if mode == "fwd":
-
-            def forward() -> object:
-                with torch.no_grad():
-                    return call(x, *rest)
-
-            return forward
-        x = x.detach().requires_grad_()  # the block before trains too
-        wanted = [x, *(p for p in block.parameters() if p.requires_grad)]
-
-        def both() -> object:
-            outputs = [y for y in tensors_of(call(x, *rest)) if y.requires_grad]
-            return torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs])
-
-        return both
+        call = torch.compile(block, dynamic=False) if compile else block
+        run = call_of(call, block, given, mode)
+        if given["arguments"][0].dtype is not torch.float32:
+            label = {"plain": "upstream", "ours": "ours"}[name] + " compiled" * compile
+            check(label, run(), given, mode)
+        return run
 
     return build
+
+
+def check(name: str, result: object, given: Inputs, mode: str) -> None:
+    """Refuses a half-precision result that is further from an fp32 run of upstream's block than
+    the 2x rule allows; upstream itself comes first and sets the measure."""
+    if "exact" not in given:
+        wide = copy.deepcopy(given["plain"]).float()
+        arguments = tuple(widened(a) for a in given["arguments"])
+        run = call_of(wide, wide, {**given, "arguments": arguments}, mode)
+        given["exact"] = tensors_of(run())
+        given["upstream"] = errors(tensors_of(result), given["exact"])
+        return
+    found = errors(tensors_of(result), given["exact"])
+    if len(found) != len(given["upstream"]):
+        raise Disagreement(f"{name}: {len(found)} results, upstream has {len(given['upstream'])}")
+    for i, (error, upstream) in enumerate(zip(found, given["upstream"], strict=True)):
+        allowed = FACTOR[mode] * upstream + ULP
+        if not error <= allowed:
+            raise Disagreement(
+                f"{name}: result {i} differs from an fp32 run by {error:.2e} (relative L2), "
+                f"upstream by {upstream:.2e}, allowed is {allowed:.2e}"
+            )
+
+
+def errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """Relative L2 distances; a result that is almost zero counts by the largest one."""
+    norms = [float(e.double().norm()) for e in exact]
+    least = 1e-3 * max(norms)
+    return [
+        float((r.double() - e.double()).norm()) / max(norm, least)
+        for r, e, norm in zip(results, exact, norms, strict=True)
+    ]
+
+
+def widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    return type(value)(widened(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def work(family: Family) -> tuple[int, int]:
     """(parameters, floating-point operations of a forward), counted without memory."""
     with torch.device("meta"):
-        count = sum(p.numel() for p in family.block().parameters() if p.ndim > 1)
-    return count, 2 * count * TOKENS + 4 * TOKENS**2 * family.width
+        block = family.block()
+    count = flops = 0
+    for name, p in block.named_parameters():
+        if p.ndim == 2 and "table" not in name:
+            count += p.numel()
+            flops += 2 * p.numel() * tokens_of(name, family)
+    tokens = (family.tokens + family.text * (family.streams - 1)) // family.samples
+    return count, flops + 4 * family.samples * tokens**2 * family.width
+
+
+def tokens_of(name: str, family: Family) -> int:
+    """How many rows a linear layer of this name multiplies."""
+    if "norm" in name:  # it makes a modulation
+        return family.samples
+    if "context" in name or ".add_" in name or "to_add_out" in name:
+        return family.text
+    if "attn2.to_k" in name or "attn2.to_v" in name:
+        return family.text if family.text and family.streams == 1 else family.tokens
+    return family.tokens + family.text * family.joined
 
 
 def cases(context: Context) -> Iterable[Case]:
@@ -195,11 +172,11 @@ def cases(context: Context) -> Iterable[Case]:
             for mode, lora, factor in WAYS:
                 yield Case(
                     suite="dropin",
-                    op="accelerate",
+                    op=family.name,
                     mode=mode,
                     case=family.case + ", LoRA" * lora,
                     dtype=dtype,
-                    bytes=factor * size * (parameters + 2 * TOKENS * family.width),
+                    bytes=factor * size * (parameters + 2 * family.tokens * family.width),
                     flops=factor * flops,
                     inputs=partial(inputs, make, dtype, lora),
                     providers={
@@ -208,6 +185,7 @@ def cases(context: Context) -> Iterable[Case]:
                         "compile": provider("plain", mode, compile=True),
                         "patched_compile": provider("ours", mode, compile=True),
                     },
+                    tolerance=None if dtype == "fp32" else float("inf"),  # `check` does it
                 )
 
 

@@ -11,8 +11,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,8 @@ def measure(
             name = f"DiT block, D={block.WIDTH}"
             todo.append((name, whole, partial(block_ours, recompute=False), block_plain))
             todo.append((f"{name}, recompute", whole, block_ours, block_plain))
-            todo += dropin_blocks(dtype) if dropins else []
-        for op, given, ours, plain in todo:
+        blocks = dropin_blocks(dtype) if dropins and only is None else ()
+        for op, given, ours, plain in chain(todo, blocks):
             if only not in (None, op):
                 continue
             kept, plain_kept = saved_bytes(ours, given), saved_bytes(plain, given)
@@ -209,17 +210,15 @@ def measure(
     return found
 
 
-def dropin_blocks(dtype: str) -> list[tuple[str, Inputs, Call, Call]]:
-    """Blocks of diffusers after `accelerate` and as they are, under LoRA training."""
-    found: list[tuple[str, Inputs, Call, Call]] = []
+def dropin_blocks(dtype: str) -> Iterator[tuple[str, Inputs, Call, Call]]:
+    """Blocks of diffusers after `accelerate` and as they are, under LoRA training, one by one."""
     for make in dropin.FAMILIES:
         given = dropin.made(make, dtype, True)
         x, *rest = given["arguments"]
         v = {"x": x, "ours": given["ours"], "plain": given["plain"]}
         name = f"{make().case.split(',')[0]}, LoRA"
         calls = [partial(dropin_call, which, rest) for which in ("ours", "plain")]
-        found.append((name, v, calls[0], calls[1]))
-    return found
+        yield name, v, calls[0], calls[1]
 
 
 def dropin_call(which: str, rest: Sequence[Any], v: Inputs) -> object:
