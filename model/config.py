@@ -208,6 +208,17 @@ DITS: dict[str, DiTConfig] = {
 DITS["tiny-window"] = dataclasses.replace(DITS["tiny"], window=(3, 3, 3), tile=(1, 2, 2))
 
 
+# What is given with a training clip of more than one frame, see ``model.draw``: nothing, its first
+# frame, what comes before it, after it or both, several of its frames, or any one of them.
+MODES: dict[str, Weights] = {
+    "text": (("none", 0.8), ("image", 0.2)),
+    "all": (
+        ("none", 0.45), ("image", 0.15), ("forward", 0.12), ("backward", 0.06),
+        ("connect", 0.06), ("fill", 0.10), ("frame", 0.06),
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a DiT is trained: see ``model.train``.
@@ -215,7 +226,8 @@ class TrainConfig:
     dit, world: names in DITS and WORLDS.
     clips: how many clips are rendered and encoded once into the latent cache.
     tokens: grid and text tokens of one pack, the batch of one step.
-    given: probability that a clip of several latent frames shows its first ones as given.
+    modes: name in MODES, what is given with a clip and how often.
+    drop: probability that a given part is left out, unless it is the only one.
     no_prompt: probability that a clip is shown without its prompt (for guidance).
     detailed: probability that a prompt is the detailed caption, not the short one.
     learning_rate: peak of AdamW's.
@@ -238,7 +250,8 @@ class TrainConfig:
     ema: float = 0.998
     no_prompt: float = 0.1
     detailed: float = 0.5
-    given: float = 0.2
+    modes: str = "text"
+    drop: float = 0.1
     seed: int = 0
 
 
@@ -268,6 +281,20 @@ TRAININGS: dict[str, TrainConfig] = {
         shift=2.0,
         detailed=0.3,
         seed=2,
+    ),
+    # Continues a model of text to video with every mode.
+    "tiny-modes": TrainConfig(
+        "tiny",
+        "focused",
+        clips=12288,
+        tokens=1536,
+        steps=4000,
+        learning_rate=1.2e-3,
+        muon=0.012,
+        shift=2.0,
+        detailed=0.3,
+        modes="all",
+        seed=4,
     ),
 }
 TRAININGS["tiny-window"] = dataclasses.replace(TRAININGS["tiny"], dit="tiny-window")

@@ -1,4 +1,4 @@
-"""Training data: clips of the world, encoded once, and drawn as packs of clips of every size."""
+"""Training data: clips of the world and what is given with them, encoded once, drawn as packs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import CheckpointError, read_tensors, write_tensors
-from model.condition import clip_segment, grids, split_given
-from model.config import DiTConfig, TrainConfig, WorldConfig, to_dict
+from model.condition import Given, clip_segment
+from model.config import DiTConfig, TrainConfig, Weights, WorldConfig, to_dict
+from model.draw import draw
 from model.flow import interpolate, logit_normal, shift_time, size_shift
 from model.text import NO_PROMPT, Vocabulary
-from model.world import clip
 from sora_kernels.packing import PackedLayout
 from sora_kernels.planner import Cost, plan
 
@@ -30,14 +30,33 @@ class LatentCache:
     """Latents and captions of many clips in a few flat arrays.
 
     values: fp16, all latents one after another. shapes: int64 [clips, 4], (C, T, H, W).
-    words: int32, word numbers of all captions; clip i has two, short and detailed.
+    words: int32, word numbers of all captions. word_counts: int64 [clips, 2], short and detailed.
+    given_values, given_shapes: as values and shapes, of all given parts [parts].
+    given_times: fp32 [parts, 2], time and step in frames. given_counts: int64 [clips].
     """
 
-    def __init__(self, values: Tensor, shapes: Tensor, words: Tensor, word_counts: Tensor) -> None:
+    NAMES = ("values", "shapes", "words", "word_counts",
+             "given_values", "given_shapes", "given_times", "given_counts")  # fmt: skip
+
+    def __init__(
+        self,
+        values: Tensor,
+        shapes: Tensor,
+        words: Tensor,
+        word_counts: Tensor,
+        given_values: Tensor,
+        given_shapes: Tensor,
+        given_times: Tensor,
+        given_counts: Tensor,
+    ) -> None:
         self.values, self.shapes = values, shapes
         self.words, self.word_counts = words, word_counts
+        self.given_values, self.given_shapes = given_values, given_shapes
+        self.given_times, self.given_counts = given_times, given_counts
         self._start = [0, *shapes.prod(1).cumsum(0).tolist()]
         self._word_start = [0, *word_counts.flatten().cumsum(0).tolist()]
+        self._given_start = [0, *given_shapes.prod(1).cumsum(0).tolist()]
+        self._first_given = [0, *given_counts.cumsum(0).tolist()]
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -47,73 +66,117 @@ class LatentCache:
         flat = self.values[self._start[index] : self._start[index + 1]]
         return flat.float().view(*self.shapes[index].tolist())
 
+    def given(self, index: int) -> list[Given]:
+        """What is given with the clip, latents in fp32."""
+        parts = []
+        for number in range(self._first_given[index], self._first_given[index + 1]):
+            flat = self.given_values[self._given_start[number] : self._given_start[number + 1]]
+            latent = flat.float().view(*self.given_shapes[number].tolist())
+            parts.append(Given(latent, *self.given_times[number].tolist()))
+        return parts
+
     def caption(self, index: int, detailed: bool) -> list[int]:
         """Word numbers."""
         at = 2 * index + int(detailed)
         return self.words[self._word_start[at] : self._word_start[at + 1]].tolist()
 
     def tokens(self, patch: tuple[int, int, int]) -> np.ndarray:
-        """Tokens of every clip with its longer caption: what a pack must have room for."""
-        volume = self.shapes[:, 1:].prod(1) // int(np.prod(patch))
-        return (volume + self.word_counts.max(1).values).numpy()
+        """Tokens of every clip with all that is given and its longer caption: what a pack must
+        have room for."""
+        owners = torch.arange(len(self)).repeat_interleave(self.given_counts)
+        volume = self.shapes[:, 1:].prod(1)
+        volume = volume.index_add(0, owners, self.given_shapes[:, 1:].prod(1))
+        return (volume // int(np.prod(patch)) + self.word_counts.max(1).values).numpy()
 
 
 def cache_key(
-    world: WorldConfig, clips: int, seed: int, vocabulary: Vocabulary, encoder: str
+    world: WorldConfig,
+    modes: Weights,
+    clips: int,
+    seed: int,
+    vocabulary: Vocabulary,
+    encoder: str,
 ) -> dict[str, Any]:
     """All that a cache depends on; `encoder` is a fingerprint of the encoder's weights."""
     words = hashlib.sha256(" ".join(vocabulary.words).encode()).hexdigest()
-    return {"world": to_dict(world), "clips": clips, "seed": seed, "words": words, "vae": encoder}
+    return {"world": to_dict(world), "modes": [list(pair) for pair in modes], "clips": clips,
+            "seed": seed, "words": words, "vae": encoder}  # fmt: skip
+
+
+class _Encoding:
+    """Videos that wait for others of their size, and what has become of them so far."""
+
+    def __init__(self, encode: Encode) -> None:
+        self.encode = encode
+        self.latents: list[Tensor | None] = []
+        self._waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = defaultdict(list)
+
+    def add(self, video: Tensor) -> None:
+        """Video number `len(self.latents)`, [3, T, H, W]."""
+        items = self._waiting[tuple(video.shape)]
+        items.append((len(self.latents), video))
+        self.latents.append(None)
+        if len(items) == ENCODE_BATCH:
+            self._encode(items)
+
+    def _encode(self, items: list[tuple[int, Tensor]]) -> None:
+        encoded = self.encode(torch.stack([video for _, video in items])).half()
+        for (number, _), latent in zip(items, encoded, strict=True):
+            self.latents[number] = latent
+        items.clear()
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """All latents, flat, and their shapes [videos, 4], in the order of the videos."""
+        for items in self._waiting.values():
+            if items:
+                self._encode(items)
+        done = [latent for latent in self.latents if latent is not None]
+        flat = [latent.flatten() for latent in done]
+        shapes = torch.tensor([list(latent.shape) for latent in done], dtype=torch.int64)
+        return torch.cat(flat) if flat else torch.zeros(0).half(), shapes.view(-1, 4)
 
 
 def build_cache(
     encode: Encode,
     world: WorldConfig,
+    modes: Weights,
     clips: int,
     seed: int,
     vocabulary: Vocabulary,
     max_words: int,
     progress: Callable[[int], None] | None = None,
 ) -> LatentCache:
-    """Renders clips 0 to `clips - 1` of the training split and encodes them, equal sizes together.
+    """Draws examples 0 to `clips - 1` of the training split and encodes them, equal sizes together.
 
     encode: [B, 3, T, H, W] in [-1, 1] -> latents [B, C, t, h, w], of standard deviation about 1.
     """
-    latents: list[Tensor | None] = [None] * clips
+    mains, givens = _Encoding(encode), _Encoding(encode)
     captions: list[list[int]] = []
-    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = defaultdict(list)
-
-    def flush(items: list[tuple[int, Tensor]]) -> None:
-        encoded = encode(torch.stack([video for _, video in items])).half()
-        for (index, _), latent in zip(items, encoded, strict=True):
-            latents[index] = latent
-        items.clear()
-
+    times: list[tuple[float, float]] = []
+    counts: list[int] = []
     for index in range(clips):
-        made = clip(index, "train", seed, world)
-        captions += [vocabulary.encode(text, max_words) for text in (made.short, made.detailed)]
-        items = waiting[tuple(made.video.shape)]
-        items.append((index, made.video))
-        if len(items) == ENCODE_BATCH:
-            flush(items)
+        example = draw(index, seed, world, modes)
+        captions += [vocabulary.encode(text, max_words) for text in example.captions]
+        mains.add(example.video)
+        for part in example.given:
+            givens.add(part.video)
+            times.append((part.time, part.step))
+        counts.append(len(example.given))
         if progress is not None:
             progress(index + 1)
-    for items in waiting.values():
-        if items:
-            flush(items)
-    done = [latent for latent in latents if latent is not None]
     return LatentCache(
-        torch.cat([latent.flatten() for latent in done]),
-        torch.tensor([list(latent.shape) for latent in done]),
+        *mains.finish(),
         torch.tensor([number for caption in captions for number in caption], dtype=torch.int32),
         torch.tensor([len(caption) for caption in captions]).view(-1, 2),
+        *givens.finish(),
+        torch.tensor(times, dtype=torch.float32).view(-1, 2),
+        torch.tensor(counts, dtype=torch.int64),
     )
 
 
 def save_cache(path: Path, cache: LatentCache, key: dict[str, Any]) -> None:
     """Writes the cache, whole or not at all."""
-    names = ("values", "shapes", "words", "word_counts")
-    write_tensors(path, {name: getattr(cache, name) for name in names}, {"key": key})
+    write_tensors(path, {name: getattr(cache, name) for name in cache.NAMES}, {"key": key})
 
 
 def load_cache(path: Path, key: dict[str, Any]) -> LatentCache | None:
@@ -141,6 +204,14 @@ class Batch:
     owners: list[int]  # the clip (segment) of each grid part
 
 
+def some_of(given: Sequence[Given], drop: float, rng: np.random.Generator) -> list[Given]:
+    """Leaves out each part with probability `drop`, but not all of them."""
+    kept = rng.random(len(given)) >= drop
+    if len(given) and not kept.any():
+        kept[int(rng.integers(len(given)))] = True
+    return [part for part, keep in zip(given, kept, strict=True) if keep]
+
+
 def make_batch(
     cache: LatentCache,
     clips: Sequence[int],
@@ -151,31 +222,27 @@ def make_batch(
     """Noises the clips of one pack. All chance comes from (seed, step)."""
     rng = np.random.default_rng([train.seed, 1, step])
     generator = torch.Generator().manual_seed((train.seed << 32) + step)
-    segments, words, tokens, latents = [], [], [], []
+    segments, words, latents, givens = [], [], [], []
     for index in clips:
         latent = cache.latent(index)
         detailed, silent = rng.random() < train.detailed, rng.random() < train.no_prompt
-        known = 0
-        _, t, h, w = latent.shape
-        frames = t // dit.patch[0]
-        if rng.random() < train.given and frames > 1:
-            known = int(rng.integers(1, min(frames, 3)))
+        given = some_of(cache.given(index), train.drop, rng)
         caption = [NO_PROMPT] if silent else cache.caption(index, bool(detailed))
         words += caption
         latents.append(latent)
-        segments.append(clip_segment(len(caption), (t, h, w), dit.patch, known))
-        tokens.append(sum(part.num_tokens for part in grids(segments[-1])))
-    shifts = torch.tensor([size_shift(n, dit.base_tokens, train.shift) for n in tokens])
-    times = shift_time(logit_normal(len(tokens), generator), shifts)
+        givens.append(given)
+        segments.append(clip_segment(len(caption), latent.shape[1:], dit.patch, given))
+    shifts = [size_shift(segment[-1].num_tokens, dit.base_tokens, train.shift)
+              for segment in segments]  # fmt: skip
+    times = shift_time(logit_normal(len(shifts), generator), torch.tensor(shifts))
     inputs: list[Tensor] = []
     wanted: list[Tensor | None] = []
     owners: list[int] = []
-    for number, (latent, segment) in enumerate(zip(latents, segments, strict=True)):
-        for part, x0 in zip(grids(segment), split_given(latent, segment, dit.patch), strict=True):
-            noise = torch.randn(x0.shape, generator=generator)
-            inputs.append(x0 if part.given else interpolate(x0, noise, float(times[number])))
-            wanted.append(None if part.given else noise - x0)
-            owners.append(number)
+    for number, (x0, given) in enumerate(zip(latents, givens, strict=True)):
+        noise = torch.randn(x0.shape, generator=generator)
+        inputs += [*(part.latent for part in given), interpolate(x0, noise, float(times[number]))]
+        wanted += [*(None for _ in given), noise - x0]
+        owners += [number] * (len(given) + 1)
     layout = PackedLayout(segments, **dit.layout)
     return Batch(layout, torch.tensor(words), times, inputs, wanted, owners)
 
@@ -191,9 +258,9 @@ class Packs:
     BUNDLE = 4
 
     def __init__(self, tokens: np.ndarray, budget: int, width: int, seed: int) -> None:
-        largest = int(np.sort(tokens)[-self.BUNDLE :].sum())
-        if len(tokens) == 0 or largest > budget:
-            raise ValueError(f"tokens: expected a pack of at least {largest}, got {budget}")
+        if len(tokens) == 0 or tokens.max() > budget:
+            largest = max(tokens, default=0)
+            raise ValueError(f"tokens: expected clips, none above {budget} tokens, got {largest}")
         self.tokens, self.budget, self.seed = tokens, budget, seed
         self.cost = Cost.of_width(width)
         self._epochs: dict[int, list[list[int]]] = {}
@@ -204,10 +271,19 @@ class Packs:
             number, epoch = number - len(packs), epoch + 1
         return packs[number]
 
+    def _fitting(self, bundle: np.ndarray) -> list[np.ndarray]:
+        """The bundle, or, if it is larger than a pack, its clips one by one."""
+        fits = self.tokens[bundle].sum() <= self.budget
+        return [bundle] if fits else list(bundle[:, None])
+
     def _epoch(self, epoch: int) -> list[list[int]]:
         if epoch not in self._epochs:
             order = np.random.default_rng([self.seed, 2, epoch]).permutation(len(self.tokens))
-            bundles = [order[i : i + self.BUNDLE] for i in range(0, len(order), self.BUNDLE)]
+            bundles = [
+                part
+                for start in range(0, len(order), self.BUNDLE)
+                for part in self._fitting(order[start : start + self.BUNDLE])
+            ]
             sums = np.array([self.tokens[bundle].sum() for bundle in bundles])
             planned = plan(sums, self.budget, cost=self.cost, seed=self.seed, epoch=epoch)
             self._epochs[epoch] = [

@@ -59,11 +59,14 @@ def logit_normal(count: int, generator: torch.Generator) -> Tensor:
     return torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))).float()
 
 
-def euler_times(steps: int, shift: float = 1.0) -> Tensor:
-    """`steps + 1` falling times from 1 to 0, evenly spaced before the shift (fp64)."""
+def euler_times(steps: int, shift: float = 1.0, start: float = 1.0) -> Tensor:
+    """`steps + 1` falling times from `start` to 0, evenly spaced before the shift (fp64)."""
     if steps < 1:
         raise ValueError(f"steps: expected >= 1, got {steps}")
-    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    if not 0 < start <= 1:
+        raise ValueError(f"start: expected a time in (0, 1], got {start}")
+    before = start / (shift - (shift - 1) * start)
+    return shift_time(torch.linspace(before, 0, steps + 1, dtype=torch.float64), shift)
 
 
 def loss_by_decile(losses: Tensor, t: Tensor) -> tuple[list[float], list[int]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.checkpoint import load_dit
 from model.cli import Parser, positive, progress_bar, run
+from model.condition import Given
 from model.dit import DiT
 from model.sample import DEFAULT, Request, Sampling, sample
 from model.text import Vocabulary
@@ -92,7 +93,7 @@ def generate(
     """Clips [3, T, H, W] in [-1, 1], one per prompt, all sampled in one pack.
 
     Clip i has the noise of `seed + i`. starts: for each clip its known first frames
-    [3, 1 + 4k, H, W], or None. They come back as the VAE decodes them.
+    [3, 1 + 4k, H, W], or None.
 
     Raises:
         UnknownWords, ValueError: a prompt that the model cannot read, a start that does not fit.
@@ -101,7 +102,7 @@ def generate(
     requests = []
     for i, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
         start = None if starts is None else starts[i]
-        given = None
+        given = []
         if start is not None:
             frames = start.shape[1]
             fits = frames % TIME_STRIDE == 1 and frames < size.frames
@@ -110,7 +111,7 @@ def generate(
                     f"starts: expected [3, 1 + {TIME_STRIDE}k, {size.height}, {size.width}] with "
                     f"fewer than {size.frames} frames, got {list(start.shape)}"
                 )
-            given = stack.vae.encode(start[None].to(stack.device))[0]
+            given = [Given(stack.vae.encode(start[None].to(stack.device))[0], 0.0)]
         words = stack.words.encode(prompt, config.max_words)
         requests.append(Request(words, size.latent, seed + i, given))
     latents = sample(stack.dit, requests, sampling, progress)

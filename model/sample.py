@@ -7,17 +7,18 @@ costs one forward pass of 2x the segments and no padding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model.condition import clip_segment, grids, split_given
+from model.condition import Given, clip_segment
 from model.dit import DiT
-from model.flow import euler_step, euler_times, size_shift
+from model.flow import euler_step, euler_times, interpolate, size_shift
 from model.text import NO_PROMPT
-from sora_kernels.packing import PackedLayout, Part
+from sora_kernels.packing import PackedLayout
 
 Velocity = Callable[[list[Tensor], Tensor], list[Tensor]]
 
@@ -28,15 +29,29 @@ class Request:
 
     Attributes:
         words: word numbers of the prompt.
-        latent: (T, H, W) of the whole latent.
+        latent: (T, H, W) of its latent.
         seed: of its noise; a clip draws its own noise, whatever it shares the pack with.
-        given: clean first latents [C, t, H, W] to continue, or None.
+        given: what is known of it or around it.
+        source: a latent [C, T, H, W] to start from, noised to time `strength`, in place of noise.
+        strength: where its walk begins, in (0, 1]; 1 is noise, and a source then has no say.
     """
 
     words: Sequence[int]
     latent: tuple[int, int, int]
     seed: int = 0
-    given: Tensor | None = None
+    given: Sequence[Given] = ()
+    source: Tensor | None = None
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength: expected a number in (0, 1], got {self.strength}")
+        if self.source is None and self.strength != 1:
+            raise ValueError(f"strength: expected 1 without a source, got {self.strength}")
+        if self.source is not None and tuple(self.source.shape[1:]) != tuple(self.latent):
+            raise ValueError(
+                f"source: expected a latent of {list(self.latent)}, got {list(self.source.shape)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -75,17 +90,6 @@ def euler(
     return x
 
 
-def segment_of(
-    request: Request, patch: tuple[int, int, int], words: int | None = None
-) -> list[Part]:
-    """The parts of a request's segment, with its own number of words or another."""
-    known = 0 if request.given is None else request.given.shape[1]
-    if known % patch[0]:
-        raise ValueError(f"given: expected a multiple of {patch[0]} latent frames, got {known}")
-    count = len(request.words) if words is None else words
-    return clip_segment(count, request.latent, patch, known // patch[0])
-
-
 def guided(model: DiT, requests: Sequence[Request], guidance: float) -> Velocity:
     """The velocity of all requests in one pack.
 
@@ -93,11 +97,11 @@ def guided(model: DiT, requests: Sequence[Request], guidance: float) -> Velocity
     prompt and v0 of "no prompt" (Ho & Salimans 2022).
     """
     patch, device = model.config.patch, next(model.parameters()).device
-    segments = [segment_of(request, patch) for request in requests]
+    segments = [clip_segment(len(r.words), r.latent, patch, r.given) for r in requests]
     words = [number for request in requests for number in request.words]
     twice = guidance != 1.0
     if twice:
-        segments += [segment_of(request, patch, words=1) for request in requests]
+        segments += [clip_segment(1, r.latent, patch, r.given) for r in requests]
         words += [NO_PROMPT] * len(requests)
     layout = PackedLayout(segments, **model.config.layout, device=device)
     numbers = torch.tensor(words, device=device)
@@ -118,6 +122,14 @@ def start_noise(channels: int, latent: tuple[int, int, int], seed: int) -> Tenso
     return torch.randn(channels, *latent, generator=torch.Generator().manual_seed(seed))
 
 
+def start_of(request: Request, channels: int) -> Tensor:
+    """Where the clip's walk begins [C, T, H, W]: noise, or its source noised to `strength`."""
+    noise = start_noise(channels, request.latent, request.seed)
+    if request.source is None:
+        return noise
+    return interpolate(request.source.to(noise), noise, request.strength)
+
+
 @torch.no_grad()
 def sample(
     model: DiT,
@@ -125,38 +137,29 @@ def sample(
     sampling: Sampling = DEFAULT,
     progress: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
-    """Latents [C, T, H, W] of all requests, in order; given latents come back unchanged.
+    """Latents [C, T, H, W] of all requests, in order, sampled in one pack.
 
-    Raises ValueError for a latent that the patch does not divide or given latents that do not fit.
+    Raises ValueError for latents that the patch does not divide or that have other channels.
     """
     if not requests:
         return []
     config = model.config
     device = next(model.parameters()).device
-    velocity = guided(model, requests, sampling.guidance)
     parts: list[Tensor] = []
     moving: list[int | None] = []
-    owners: list[int] = []
     columns: list[Tensor] = []
     for number, request in enumerate(requests):
-        start = start_noise(config.channels, request.latent, request.seed).to(device)
-        if request.given is not None:
-            known = request.given.shape[1]
-            if request.given.shape != start[:, :known].shape:
+        for known in (*(part.latent for part in request.given), request.source):
+            if known is not None and known.shape[0] != config.channels:
                 raise ValueError(
-                    f"given: expected [{config.channels}, t, {request.latent[1]}, "
-                    f"{request.latent[2]}], got {list(request.given.shape)}"
+                    f"given, source: expected {config.channels} channels, got {known.shape[0]}"
                 )
-            start[:, :known] = request.given
-        segment = segment_of(request, config.patch)
-        parts += split_given(start, segment, config.patch)
-        moving += [None if part.given else number for part in grids(segment)]
-        owners += [number] * len(grids(segment))
-        tokens = sum(part.num_tokens for part in grids(segment))
+        parts += [part.latent.to(device) for part in request.given]
+        parts.append(start_of(request, config.channels).to(device))
+        moving += [*(None for _ in request.given), number]
+        tokens = math.prod(request.latent) // math.prod(config.patch)
         shift = size_shift(tokens, config.base_tokens, sampling.shift)
-        columns.append(euler_times(sampling.steps, shift))
+        columns.append(euler_times(sampling.steps, shift, request.strength))
+    velocity = guided(model, requests, sampling.guidance)
     parts = euler(velocity, parts, moving, torch.stack(columns, dim=1), progress)
-    clips: list[list[Tensor]] = [[] for _ in requests]
-    for part, owner in zip(parts, owners, strict=True):
-        clips[owner].append(part)
-    return [torch.cat(clip, dim=1) for clip in clips]
+    return [part for part, clip in zip(parts, moving, strict=True) if clip is not None]

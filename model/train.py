@@ -31,7 +31,7 @@ from model.checkpoint import (
     write_tensors,
 )
 from model.cli import Parser, positive, progress_bar, run
-from model.config import DITS, TRAININGS, WORLDS, TrainConfig, to_dict
+from model.config import DITS, MODES, TRAININGS, WORLDS, TrainConfig, to_dict
 from model.data import (
     Batch,
     LatentCache,
@@ -345,15 +345,16 @@ def prepare(config: TrainConfig, vae: VideoVAE, path: Path, quiet: bool) -> Late
     for _, tensor in sorted(vae.encoder.state_dict().items()):
         digest.update(tensor.numpy().tobytes())
     digest.update(vae.scale.numpy().tobytes())
-    vocabulary, world = Vocabulary(VOCABULARY), WORLDS[config.world]
-    key = cache_key(world, config.clips, config.seed, vocabulary, digest.hexdigest()[:16])
+    vocabulary, world, modes = Vocabulary(VOCABULARY), WORLDS[config.world], MODES[config.modes]
+    fingerprint = digest.hexdigest()[:16]
+    key = cache_key(world, modes, config.clips, config.seed, vocabulary, fingerprint)
     cache = load_cache(path, key)
     if cache is None:
         limit = DITS[config.dit].max_words
         with progress_bar(quiet) as bar, torch.no_grad():
             task = bar.add_task("encoding clips", total=config.clips)
             cache = build_cache(
-                vae.encode, world, config.clips, config.seed, vocabulary, limit,
+                vae.encode, world, modes, config.clips, config.seed, vocabulary, limit,
                 lambda done: bar.update(task, completed=done),
             )  # fmt: skip
         save_cache(path, cache, key)

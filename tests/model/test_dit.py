@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from model.condition import GIVEN, TARGET, TEXT, Rows, clip_segment, rows_for
+from model.condition import GIVEN, TARGET, TEXT, Given, Rows, clip_segment, rows_for
 from model.config import DITS, DiTConfig
 from model.dit import DiT
 from model.sample import Request, Sampling, guided, sample, start_noise
@@ -32,9 +32,15 @@ def alive(config: DiTConfig = SMALL, seed: int = 0) -> DiT:
     return model
 
 
+def known(frames: int, size: tuple[int, int, int], time: float = 0.0) -> Given:
+    return Given(torch.zeros(4, frames, *size[1:]), time)
+
+
 def segments(given: int = 0) -> list:
     return [
-        clip_segment(len(words), size, SMALL.patch, given if size[0] > given else 0)
+        clip_segment(
+            len(words), size, SMALL.patch, [known(given, size)] if 0 < given < size[0] else []
+        )
         for words, size in zip(WORDS, SIZES, strict=True)
     ]
 
@@ -130,7 +136,7 @@ def test_a_row_per_token_is_the_same_as_a_row_per_part() -> None:
 
 @torch.no_grad()
 def test_given_frames_and_words_reach_the_target() -> None:
-    model, parts = alive(), [clip_segment(3, (3, 2, 2), SMALL.patch, given=1)]
+    model, parts = alive(), [clip_segment(3, (3, 2, 2), SMALL.patch, [known(1, (3, 2, 2))])]
     layout, x = PackedLayout(parts), latents([parts[0]])
     t, words = torch.tensor([0.6]), torch.tensor([1, 2, 3])
     base = model(x, layout, words, t)[1]
@@ -161,8 +167,36 @@ def test_wrong_words_are_refused() -> None:
 def test_segments_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="height"):
         clip_segment(1, (1, 3, 4), (1, 2, 2))
-    with pytest.raises(ValueError, match="given"):
-        clip_segment(1, (2, 2, 2), (1, 1, 1), given=2)
+    with pytest.raises(ValueError, match="time: expected a finite"):
+        known(1, (2, 2, 2), time=float("nan"))
+    with pytest.raises(ValueError, match="step: expected a positive"):
+        dataclasses.replace(known(1, (2, 2, 2)), step=0.0)
+
+
+def test_positions_are_the_true_times_of_the_pixels() -> None:
+    """Angles that the model's own layout gives, against times and places counted in pixels."""
+    main = (3, 4, 6)
+    cases = [
+        (known(2, main, -5), [-1.25, -0.25]),  # frames -5 to -1: latents end at -5 and -1
+        (known(2, main, 9), [2.25, 3.25]),  # 9 frames are made; frame 9 follows
+        (known(1, main, 2.5), [0.625]),
+        (dataclasses.replace(known(3, main, 1), step=0.5), [0.25, 0.75, 1.25]),
+        (known(1, (1, 2, 3), 0), [0.0]),  # the same picture at half the size
+    ]
+    for given, times in cases:
+        layout = PackedLayout([clip_segment(0, main, (1, 1, 1), [given])])
+        rope = layout.rope((2, 2, 2), frequencies=((1.0,), (0.5,), (0.25,)))
+        size = given.latent.shape[1:]
+        factor = main[1] / size[1]
+        down = (torch.arange(size[1]) + 0.5) * factor - 0.5  # centres, in latents of the clip
+        right = (torch.arange(size[2]) + 0.5) * factor - 0.5
+        grid = torch.meshgrid(torch.tensor(times), down, right, indexing="ij")
+        angles = torch.stack([g.flatten() * f for g, f in zip(grid, (1, 0.5, 0.25), strict=True)])
+        rows, count = rope.position_index, angles.shape[1]
+        got = torch.stack([rope.cos[rows[:count, a].long(), a] for a in range(3)])
+        torch.testing.assert_close(got, angles.cos(), rtol=0, atol=1e-6)
+        got = torch.stack([rope.sin[rows[:count, a].long(), a] for a in range(3)])
+        torch.testing.assert_close(got, angles.sin(), rtol=0, atol=1e-6)
 
 
 def test_names_have_the_sizes_of_the_paper() -> None:
@@ -200,14 +234,42 @@ def test_a_seed_makes_the_same_clip_again_and_in_any_pack() -> None:
     assert torch.equal(start_noise(4, (1, 2, 3), 5), start_noise(4, (1, 2, 3), 5))
 
 
-def test_given_latents_come_back_unchanged() -> None:
-    given = torch.randn(4, 1, 4, 4)
-    request = Request([1, 2], (3, 4, 4), given=given)
-    (clip,) = sample(alive().float(), [request], Sampling(steps=2))
-    assert clip.shape == (4, 3, 4, 4) and torch.equal(clip[:, :1], given)
-    wrong = dataclasses.replace(request, given=torch.randn(4, 1, 2, 4))
-    with pytest.raises(ValueError, match="given: expected"):
-        sample(alive().float(), [wrong], Sampling(steps=2))
+def test_given_parts_guide_the_clip_that_is_made() -> None:
+    few, model = Sampling(steps=2), alive().float()
+    given = Given(torch.randn(4, 1, 4, 4), 0.0)
+    request = Request([1, 2], (3, 4, 4), given=[given])
+    (clip,) = sample(model, [request], few)
+    assert clip.shape == (4, 3, 4, 4)
+    for other in (
+        dataclasses.replace(request, given=[]),
+        dataclasses.replace(request, given=[dataclasses.replace(given, time=4.0)]),
+        dataclasses.replace(request, given=[Given(given.latent + 1, 0.0)]),
+    ):
+        assert not torch.allclose(sample(model, [other], few)[0], clip, atol=0.01)
+    wrong = dataclasses.replace(request, given=[Given(torch.randn(3, 1, 4, 4), 0.0)])
+    with pytest.raises(ValueError, match="given, source: expected 4 channels, got 3"):
+        sample(model, [wrong], few)
+
+
+def test_a_walk_may_start_from_a_noised_source() -> None:
+    """SDEdit: with little strength the source comes back, with strength 1 it has no say."""
+    few, model = Sampling(steps=3, guidance=1.0), alive().float()
+    source = torch.randn(4, 3, 4, 4)
+
+    def edited(strength: float) -> torch.Tensor:
+        request = Request([1, 2], (3, 4, 4), source=source, strength=strength)
+        return sample(model, [request], few)[0]
+
+    torch.testing.assert_close(edited(1e-6), source, rtol=0, atol=1e-4)
+    errors = [float((edited(s) - source).square().mean()) for s in (1e-6, 0.3, 1.0)]
+    assert errors[0] < errors[1] < errors[2]
+    (free,) = sample(model, [Request([1, 2], (3, 4, 4))], few)
+    torch.testing.assert_close(edited(1.0), free, rtol=1e-5, atol=1e-5)
+    for strength in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"strength: expected a number in \(0, 1\]"):
+            edited(strength)
+    with pytest.raises(ValueError, match="source: expected a latent"):
+        Request([1], (2, 4, 4), source=source)
 
 
 @torch.no_grad()

@@ -9,12 +9,14 @@ import resource
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from model import train as training
 from model.checkpoint import CheckpointError, load_dit, read_tensors, write_beside
-from model.config import WORLDS, DiTConfig, TrainConfig
+from model.condition import Given, GivenClip
+from model.config import MODES, WORLDS, DiTConfig, TrainConfig
 from model.data import (
     LatentCache,
     Packs,
@@ -23,8 +25,10 @@ from model.data import (
     load_cache,
     make_batch,
     save_cache,
+    some_of,
 )
 from model.dit import DiT
+from model.draw import draw
 from model.text import NO_PROMPT, Vocabulary
 from model.vae import VideoVAE
 from model.world import VOCABULARY
@@ -33,7 +37,7 @@ WORDS = Vocabulary(VOCABULARY)
 DIT = DiTConfig(
     16, 2, 2, patch=(1, 1, 1), rope_axes=(4, 2, 2), vocabulary=len(WORDS), base_tokens=48
 )
-TRAIN = TrainConfig("tiny", "tiny", clips=24, tokens=800, steps=6, warmup=2, given=0.5)
+TRAIN = TrainConfig("tiny", "tiny", clips=24, tokens=800, steps=6, warmup=2, modes="all")
 CONFIGS = [TRAIN, dataclasses.replace(TRAIN, muon=0.02)]
 
 
@@ -41,7 +45,7 @@ CONFIGS = [TRAIN, dataclasses.replace(TRAIN, muon=0.02)]
 def cache() -> LatentCache:
     torch.manual_seed(0)
     with torch.no_grad():
-        return build_cache(VideoVAE().encode, WORLDS["tiny"], 24, 0, WORDS, 48)
+        return build_cache(VideoVAE().encode, WORLDS["tiny"], MODES["all"], 24, 0, WORDS, 48)
 
 
 def trainer(cache: LatentCache, config: TrainConfig = TRAIN) -> training.Trainer:
@@ -127,7 +131,7 @@ def test_no_space_is_called_a_full_disk(tmp_path: Path) -> None:
 
 def test_it_learns(cache: LatentCache) -> None:
     """Eight clips by heart: a model that ignores them predicts the noise alone and stays near 1."""
-    config = dataclasses.replace(TRAIN, steps=40, warmup=5, learning_rate=1e-2, given=0.0)
+    config = dataclasses.replace(TRAIN, steps=40, warmup=5, learning_rate=1e-2)
     run = trainer(cache, config)
     losses = [float(run.advance()[0]) for _ in range(40)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
@@ -180,13 +184,16 @@ def test_load_refuses_what_is_no_checkpoint(cache: LatentCache, tmp_path: Path) 
 
 
 def test_cache_round_trip_and_its_key(cache: LatentCache, tmp_path: Path) -> None:
-    key = cache_key(WORLDS["tiny"], 24, 0, WORDS, "abc")
+    key = cache_key(WORLDS["tiny"], MODES["all"], 24, 0, WORDS, "abc")
     save_cache(tmp_path / "c", cache, key)
     again = load_cache(tmp_path / "c", key)
     assert again is not None and len(again) == 24
     for index in range(24):
         assert torch.equal(again.latent(index), cache.latent(index))
         assert again.caption(index, True) == cache.caption(index, True)
+        for ours, theirs in zip(again.given(index), cache.given(index), strict=True):
+            assert torch.equal(ours.latent, theirs.latent)
+            assert (ours.time, ours.step) == (theirs.time, theirs.step)
     assert load_cache(tmp_path / "c", {**key, "vae": "other"}) is None
     assert load_cache(tmp_path / "none", key) is None
 
@@ -200,18 +207,81 @@ def test_batches_are_a_function_of_seed_and_step(cache: LatentCache) -> None:
 
 
 def test_batches_hold_clean_given_parts_and_noisy_targets(cache: LatentCache) -> None:
-    config = dataclasses.replace(TRAIN, given=1.0, no_prompt=1.0)
-    clips = [i for i in range(24) if cache.shapes[i, 1] > 1]
-    batch = make_batch(cache, clips, DIT, config, 0)
+    config = dataclasses.replace(TRAIN, drop=0.0, no_prompt=1.0)
+    batch = make_batch(cache, list(range(24)), DIT, config, 0)
     assert set(batch.words.tolist()) == {NO_PROMPT}
     given = [x for x, wanted in zip(batch.inputs, batch.wanted, strict=True) if wanted is None]
-    assert len(given) == len(clips)
-    for index, clean in zip(clips, given, strict=True):
-        assert torch.equal(clean, cache.latent(index)[:, : clean.shape[1]])
-    for x, wanted, owner in zip(batch.inputs, batch.wanted, batch.owners, strict=True):
-        if wanted is not None:
-            x0 = cache.latent(clips[owner])[:, -x.shape[1] :]
-            torch.testing.assert_close(x - batch.times[owner] * wanted, x0, rtol=0, atol=1e-5)
+    expected = [part.latent for index in range(24) for part in cache.given(index)]
+    assert len(given) > 12
+    for ours, theirs in zip(given, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    mains = [
+        (x, wanted, owner)
+        for x, wanted, owner in zip(batch.inputs, batch.wanted, batch.owners, strict=True)
+        if wanted is not None
+    ]
+    assert [owner for *_, owner in mains] == list(range(24))
+    for x, wanted, owner in mains:
+        x0 = cache.latent(owner)
+        torch.testing.assert_close(x - batch.times[owner] * wanted, x0, rtol=0, atol=1e-5)
+    assert batch.layout.num_tokens <= cache.tokens(DIT.patch).sum()
+
+
+def test_given_parts_are_left_out_but_never_all() -> None:
+    given, rng = (
+        [Given(torch.zeros(1, 1, 1, 1), time) for time in range(4)],
+        np.random.default_rng(0),
+    )
+    counts = [len(some_of(given, 0.5, rng)) for _ in range(200)]
+    assert min(counts) == 1 and max(counts) == 4
+    assert some_of(given, 0.0, rng) == given and some_of([], 0.5, rng) == []
+
+
+def test_examples_show_every_mode() -> None:
+    """What is given lies where its times say: beside or inside the clip, in one motion."""
+    modes = MODES["all"]
+    for name, _ in modes:
+        examples = [draw(index, 3, WORLDS["tiny"], ((name, 1.0),)) for index in range(12)]
+        for example in examples:
+            frames = example.video.shape[1]
+            spans = [(part.time, part.time + part.video.shape[1]) for part in example.given]
+            if name in ("forward", "connect"):
+                assert spans[0] in ((-5, 0), (-9, 0))
+            if name in ("backward", "connect"):
+                assert spans[-1] in ((frames, frames + 5), (frames, frames + 9))
+            if name in ("image", "fill", "frame"):
+                for part in example.given:
+                    at = int(part.time)
+                    assert torch.equal(part.video, example.video[:, at : at + 1])
+                    assert name != "image" or at == 0
+                assert frames == 1 or len(spans) in ((2, 3, 4, 5, 6) if name == "fill" else (1,))
+            if name == "none":
+                assert not example.given
+            assert all(part.video.shape[2:] == example.video.shape[2:] for part in example.given)
+        joints = [  # the step over a seam is no larger than the largest step on either side
+            (part, example.video)
+            for example in examples
+            for part in example.given
+            if name in ("forward", "backward")
+        ]
+        for part, video in joints:
+            both = [part.video, video] if part.time < 0 else [video, part.video]
+            whole = torch.cat(both, 1)
+            steps = (whole[:, 1:] - whole[:, :-1]).abs().mean((0, 2, 3))
+            seam = both[0].shape[1] - 1
+            around = torch.cat([steps[:seam], steps[seam + 1 :]])
+            assert steps[seam] <= 1.3 * around.max() + 1e-6
+    first, again = (draw(7, 3, WORLDS["tiny"], modes) for _ in range(2))
+    assert torch.equal(first.video, again.video) and first.captions == again.captions
+    assert all(isinstance(part, GivenClip) for part in first.given)
+
+
+def test_captions_of_parts_of_a_bouncing_scene_name_no_heading() -> None:
+    forward = (("forward", 1.0),)
+    captions = [draw(index, 0, WORLDS["tiny"], forward).captions for index in range(30)]
+    bouncing = [pair for pair in captions if "bouncing" in pair[0]]
+    assert len(bouncing) > 3
+    assert all("moving" not in short and "moving" in detailed for short, detailed in bouncing)
 
 
 def test_packs_show_every_clip_once_an_epoch(cache: LatentCache) -> None:
@@ -226,6 +296,8 @@ def test_packs_show_every_clip_once_an_epoch(cache: LatentCache) -> None:
     assert sorted(seen) == list(range(24))
     assert packs[number] and Packs(tokens, 800, 16, 3)[number] == packs[number]
     assert Packs(tokens, 800, 16, 4)[0] != packs[0]
+    tight = Packs(tokens, int(tokens.max()), 16, 3)  # no room for four large clips
+    assert sorted(i for step in range(len(tight._epoch(0))) for i in tight[step]) == list(range(24))
     with pytest.raises(ValueError, match="tokens: expected"):
         Packs(tokens, 10, 16, 3)
 
