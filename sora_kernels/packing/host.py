@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -279,6 +280,24 @@ class HostPack:
         if self.no_window is not None:
             raise ValueError(self.no_window)
         return [self._segment_grid(segment) for segment in (*self.segments, *self.padding)]
+
+    def num_window_chunks(self, capacity: Capacity | None) -> int:
+        """See `PackedLayout.num_window_chunks`."""
+        chunks = sum(
+            math.prod(grid.counts) + (grid.start > 0) + (grid.length > grid.stop)
+            if grid.stop > grid.start
+            else grid.length > 0
+            for grid in self.segment_grids
+        )
+        if capacity is None:
+            return chunks
+        bound = capacity.window_blocks(QUERY_BLOCK)
+        if chunks > bound:
+            raise ValueError(
+                f"capacity.blocks: the pack has {chunks} tiles and pieces outside them, more than "
+                f"{bound}"
+            )
+        return bound
 
     def _segment_grid(self, segment: Sequence[Part]) -> SegmentGrid:
         grid = SegmentGrid(0, 0, (0, 0, 0), (0, 0, 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from .windows import Side, Window, chunks
 _MAX_TOKENS = 2**31 - 1
 # Tensors as long as the pack has tokens of one kind; padded to N within a capacity's buffer.
 _OF_KIND = ("grid_tokens", "text_tokens")
+_Build = Callable[["PackedLayout"], tuple[Tensor, ...]]
 
 
 class PackedLayout:
@@ -196,6 +197,7 @@ class PackedLayout:
         self._window_table = tensors.get("window_table")
         self._no_window = host.no_window
         self._window_works: dict[tuple[int, Window, Side], Tensor] = {}
+        self._derived: dict[Hashable, tuple[_Build, tuple[Tensor, ...]]] = {}
 
     def _cut_kinds(self) -> None:
         """In capacity mode the two index tensors are longer than what they hold."""
@@ -338,6 +340,30 @@ class PackedLayout:
             self._window_works[key] = self._send(self._host.window_work(block, window, side, rows))
         return self._window_works[key]
 
+    @property
+    def num_window_chunks(self) -> int:
+        """Tiles of main grids and pieces outside them, or a bound of it within a capacity.
+
+        Raises:
+            ValueError: the pack has more of them than the capacity provides for.
+        """
+        return self._host.num_window_chunks(self.capacity)
+
+    def derived(self, key: Hashable, build: _Build) -> tuple[Tensor, ...]:
+        """Tensors that `build` computes from a layout, cached under `key`; `copy_` renews them.
+
+        Raises:
+            RuntimeError: called for the first time inside a torch.compile region.
+        """
+        if key not in self._derived:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "PackedLayout.derived: expected the tensors to exist before a compiled region "
+                    "uses them; call prepare_window(layout, window, q) once outside it"
+                )
+            self._derived[key] = build, build(self)
+        return self._derived[key][1]
+
     def window_pairs(self, window: Window) -> int:
         """(query, key) pairs that attention under a window computes: what a FLOP count takes."""
         tables = [chunks(grid, window, "query") for grid in self._host.segment_grids]
@@ -395,6 +421,8 @@ class PackedLayout:
         ropes = [(rope, other._rope(key)) for key, rope in self._ropes.items()]
         lists = [(work, other.work(block)) for block, work in self._work.items()]
         lists += [(work, other.window_work(*key)) for key, work in self._window_works.items()]
+        for key, (build, tensors) in self._derived.items():
+            lists += zip(tensors, other.derived(key, build), strict=True)
         self._device_buffer.copy_(other._device_buffer, non_blocking=True)
         for rope, source in ropes:
             rope.cos.copy_(source.cos, non_blocking=True)
