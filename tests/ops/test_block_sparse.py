@@ -136,7 +136,8 @@ def test_built_once_and_renewed_in_place() -> None:
     window, block = Window((3, 1, 3)), (16, 8)
     layout, other = (PackedLayout(p, order="tile", capacity=capacity) for p in packs)
     made = block_tensors(layout, window, block)
-    assert all(a is b for a, b in zip(flat(made), flat(block_tensors(layout, window, block))))
+    again = flat(block_tensors(layout, window, block))
+    assert all(a is b for a, b in zip(flat(made), again, strict=True))
     assert torch.equal(expand(made, made.by_query, 512, block, False)[:158, :158],
                        tile_mask(PackedLayout(packs[0], order="tile"), window))  # fmt: skip
     addresses = [x.data_ptr() for x in flat(made)]
