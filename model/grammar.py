@@ -90,6 +90,8 @@ class Wanted:
     shape: str | None = None
     colour: str | None = None
     direction: str | None = None  # a key of DIRECTIONS, or STILL
+    size: str | None = None  # a key of SIZES
+    speed: str | None = None  # a key of SPEEDS
 
 
 def words(text: str) -> list[str]:
@@ -116,17 +118,21 @@ def unknown_words(text: str) -> list[str]:
 def parse(text: str) -> tuple[Wanted, ...]:
     """The objects a prompt asks for, in order. What follows "camera" or "with" is not an object."""
     objects: list[dict[str, str]] = []
-    colour: str | None = None
+    ahead: dict[str, str] = {}  # what is said of an object before its shape
     for word in words(text):
         if word in ("camera", "with"):
             break
         if word in COLOURS:
-            colour = word
+            ahead["colour"] = word
+        elif word in SIZES:
+            ahead["size"] = word
         elif word in SHAPES:
-            objects.append({"shape": word} | ({"colour": colour} if colour else {}))
-            colour = None
+            objects.append({"shape": word} | ahead)
+            ahead = {}
         elif objects and (word in DIRECTIONS or word == "still"):
             objects[-1].setdefault("direction", word)
+        elif objects and word in SPEEDS:
+            objects[-1].setdefault("speed", word)
     return tuple(Wanted(**item) for item in objects)
 
 

@@ -204,10 +204,11 @@ def _attempt(
         shape = want.shape or str(rng.choice(SHAPES))
         colour = want.colour or colours[number]
         small = count > 1 or rng.random() < config.small
-        size = "small" if small else "large"
+        size = want.size or ("small" if small else "large")
         still = kind in ("still", "image") or (kind == "camera" and rng.random() < 0.5)
         direction = want.direction or (STILL if still else str(rng.choice(list(DIRECTIONS))))
-        speed = str(rng.choice(list(SPEEDS)))
+        drawn = str(rng.choice(list(SPEEDS)))
+        speed = want.speed or drawn
         radius = SIZES[size] * side * float(rng.uniform(0.94, 1.06))
         radius *= 0.8 if kind == "three" else 1.0
         pace = 0.0 if direction == STILL else SPEEDS[speed] * side * float(rng.uniform(0.9, 1.1))
