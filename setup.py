@@ -2,9 +2,10 @@
 
 SORA_KERNELS_BUILD chooses what is built:
     auto  (default) the CPU library and the host module if there is a C++ compiler; the CUDA
-          library too if this torch was built with CUDA, nvcc is found and there are CUDA sources
+          library too if this torch was built with CUDA and nvcc is found
     cpu   the CPU library and the host module; an error if that fails
-    cuda  all three; an error if CUDA is not there (never a quiet CPU-only build)
+    cuda  all three; an error if nvcc is not there (never a quiet CPU-only build). A torch without
+          CUDA will do: the library is then for the machines that have one
     none  nothing: pure Python (Triton on CUDA, PyTorch references elsewhere)
 
 MAX_JOBS limits parallel compilations; TORCH_CUDA_ARCH_LIST chooses GPU architectures. No GPU is
@@ -51,6 +52,7 @@ CXX_FLAGS = (
     "-Wno-maybe-uninitialized -Wno-uninitialized"  # GCC 12 warns of its own immintrin.h
 )
 CUDA_ARCHES = "8.0;9.0;10.0;12.0+PTX"
+NVCC_FLAGS = "-O3 -std=c++20 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
 
 
 def mode() -> str:
@@ -76,19 +78,18 @@ def cuda_home() -> Path | None:
 
 
 def cuda_sources() -> list[Path]:
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    folder = ROOT / "csrc" / "cuda"
+    return sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")])
 
 
 def host_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "host").glob("*.cpp"))
 
 
-def why_no_cuda() -> str | None:
+def why_no_cuda(build: str) -> str | None:
     import torch
 
-    if not cuda_sources():
-        return "there are no CUDA sources yet (CUDA runs the Triton kernels)"
-    if torch.version.cuda is None:
+    if build == "auto" and torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     home = cuda_home()
     if home is None or not (home / "bin" / "nvcc").exists():
@@ -109,7 +110,7 @@ def extensions() -> list[Extension]:
     if host_sources():
         found.append(Extension("sora_kernels._host", []))
     if build in ("auto", "cuda"):
-        reason = why_no_cuda()
+        reason = why_no_cuda(build)
         if reason is None:
             found.append(Extension("sora_kernels._C_cuda", []))
         elif build == "cuda":
@@ -217,7 +218,8 @@ class BuildExt(build_ext):
         import torch
 
         base = Path(torch.__file__).parent
-        nvcc = f"{cuda_home()}/bin/nvcc"
+        cxx = str(compiler())
+        nvcc = f"{cuda_home()}/bin/nvcc -ccbin {shlex.quote(cxx)}"
         arches = os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHES)
         codes = []
         for arch in arches.replace(" ", ";").split(";"):
@@ -225,13 +227,22 @@ class BuildExt(build_ext):
             codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if arch.endswith("+PTX"):
                 codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        flags = (
-            f"-O3 -std=c++20 -Xcompiler -fPIC --fmad=false -I{ROOT}/csrc/common -I{base}/include "
-            f"-DUSE_CUDA -DTORCH_TARGET_VERSION={STABLE_ABI} {' '.join(codes)}"
+        kernel_flags = f"{NVCC_FLAGS} -I{ROOT}/csrc/common {' '.join(codes)}"
+        binding_flags = (
+            f"{CXX_FLAGS} -I{ROOT}/csrc/common -std=c++20 -I{base}/include -DUSE_CUDA "
+            f"-DTORCH_TARGET_VERSION={STABLE_ABI}"
         )
-        objects = [ninja.compile(source, flags, nvcc) for source in cuda_sources()]
-        libraries = f"-L{base}/lib -ltorch -ltorch_cpu -ltorch_cuda -lc10 -L{cuda_home()}/lib64"
-        ninja.link(objects, target, f"{libraries} -lcudart", shlex.quote(str(compiler())))
+        objects = []
+        for source in cuda_sources():
+            if source.suffix == ".cu":  # no torch headers
+                objects.append(ninja.compile(source, kernel_flags, nvcc, "_cu"))
+            else:  # no CUDA headers
+                objects.append(ninja.compile(source, binding_flags, cxx))
+        # The CUDA runtime is linked in. libtorch names libtorch_cuda as its own need where torch
+        # has CUDA, so the current stream is found through it, and nothing here names a CUDA version.
+        libraries = f"-L{base}/lib -ltorch -ltorch_cpu -lc10"
+        link = f"-cudart static -Xlinker --no-as-needed,--exclude-libs=ALL {libraries}"
+        ninja.link(objects, target, link, nvcc)
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})

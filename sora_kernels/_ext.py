@@ -3,7 +3,7 @@
 Three shared objects may lie beside this file; each is optional:
 
 - ``_C_cpu.so``   CPU kernels (C++), LibTorch stable ABI, no Python ABI;
-- ``_C_cuda.so``  ahead-of-time CUDA kernels, same ABI, only where CUDA was present at build time;
+- ``_C_cuda.so``  ahead-of-time CUDA kernels, same ABI, only where nvcc was present at build time;
 - ``_host``       pybind11 module: packing planner and build facts (one per Python version).
 
 Nothing here raises: a part that cannot be loaded leaves one sentence in :data:`missing`.
@@ -46,7 +46,9 @@ def _load_host() -> ModuleType | None:
 
 cpu_loaded: bool = _load_ops("_C_cpu")
 cuda_loaded: bool = _load_ops("_C_cuda") if torch.cuda.is_available() else False
-if not torch.cuda.is_available():
+if torch.version.cuda is None:
+    missing["_C_cuda"] = f"torch {torch.__version__} was built without CUDA"
+elif not torch.cuda.is_available():
     missing["_C_cuda"] = "no CUDA device is available in this process"
 host: ModuleType | None = _load_host()
 

@@ -3,8 +3,11 @@
 Every op has up to three implementations:
 
 - ``reference``: plain PyTorch, any device, any float dtype, differentiable by autograd;
-- ``native``: C++ on the CPU;
+- ``native``: C++ on the CPU, CUDA kernels compiled ahead of time on CUDA (some ops have these);
 - ``triton``: Triton kernels on CUDA (and on the CPU when ``TRITON_INTERPRET=1``, for tests).
+
+On CUDA ``triton`` runs, unless the op's ``configs/backend.json`` (from committed measurements) says
+that ``native`` is faster at a width, or Triton cannot run the call and ``native`` can.
 
 The public function of an op asks :func:`choose` once and hands the answer to forward and backward
 alike; :func:`implementation` turns it into a callable. :func:`register` registers the raw ops
@@ -16,10 +19,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +38,9 @@ BACKENDS = ("reference", "native", "triton")
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _native_ops: set[str] = set()  # ops whose CPU kernel the loaded C++ library provides
-_calls: dict[tuple[str, str], Callable[..., Any]] = {}  # raw ops past their guards
+_cuda_ops: dict[str, bool] = {}  # raw ops meant for the CUDA library -> whether it has them
+_measured: dict[str, list[dict[str, Any]]] = {}  # op -> where `native` is faster on CUDA
+_calls: dict[str, Callable[..., Any]] = {}  # raw ops past their guards
 _override: str | None = None
 _decisions: dict[tuple[str, str], tuple[str, str]] = {}  # (op, device) -> (backend, reason)
 _settled: dict[tuple[str, bool, torch.dtype], str] = {}  # calls that take the device's fast path
@@ -105,13 +112,17 @@ def register(
     fake_backward: Callable[..., Any],
     *,
     cpu: str | None = None,
+    cuda: bool = False,
 ) -> None:
     """Defines the raw ops ``<op>_fwd`` and ``<op>_bwd`` of an op folder.
 
     ``forward`` and ``backward`` are schemas without the name. On CUDA they run ``forward`` and
     ``backward`` of the folder's ``kernels.py``, on the CPU what the C++ library has, or those of
-    the folder's module ``cpu`` if the op is PyTorch's own kernels there.
+    the folder's module ``cpu`` if the op is PyTorch's own kernels there. ``cuda``: csrc/cuda has
+    kernels of the op as well; these are the raw ops ``<op>_fwd_cuda`` and ``<op>_bwd_cuda``.
     """
+    if cuda:
+        _measured[op] = _read_measured(Path(__file__).parent / "ops" / op / "configs")
     for direction, schema, shapes in (
         ("fwd", forward, fake_forward),
         ("bwd", backward, fake_backward),
@@ -123,6 +134,34 @@ def register(
         if cpu is not None:
             implement(name, "CPU", functools.partial(_launch, op, direction, cpu))
         guard_autograd(name)
+        if cuda:
+            ahead = f"{name}_cuda"
+            define(ahead + schema)
+            fake(ahead, shapes)
+            guard_autograd(ahead)
+            found = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{ahead}", "CUDA")
+            _cuda_ops[ahead] = found
+
+
+def cuda_ops() -> list[str]:
+    """Names of the raw ops that csrc/cuda implements, whether it is loaded here or not."""
+    return sorted(_cuda_ops)
+
+
+def _read_measured(folder: Path) -> list[dict[str, Any]]:
+    """Where the ahead-of-time kernels of an op were measured to be the faster ones.
+
+    ``backend.json`` is a list of ``{"capability": [9, 0], "dtype": "bfloat16", "widths": [1, 512],
+    "backend": "native"}``, both widths included. Without the file nothing was measured.
+    """
+    path = folder / "backend.json"
+    if not path.exists():
+        return []
+    rules: list[dict[str, Any]] = json.loads(path.read_text())
+    for rule in rules:
+        if set(rule) != {"capability", "dtype", "widths", "backend"} or rule["backend"] != "native":
+            raise ValueError(f"{path}: expected capability, dtype, widths, backend: got {rule}")
+    return rules
 
 
 def _launch(op: str, direction: str, module: str, *args: Any) -> Any:
@@ -139,12 +178,13 @@ def implementation(op: str, direction: str, chosen: str, tensor: Tensor) -> Call
     """What runs ``op`` ("fwd" or "bwd") for a backend other than the reference."""
     if chosen == "triton" and not tensor.is_cuda:  # the interpreter
         return _launcher(op, direction)
+    name = f"{op}_{direction}_cuda" if chosen == "native" and tensor.is_cuda else f"{op}_{direction}"
     if torch.compiler.is_compiling():
-        return getattr(getattr(torch.ops, NAMESPACE), f"{op}_{direction}").default
-    call = _calls.get((op, direction))
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
+    call = _calls.get(name)
     if call is None:
-        raw = getattr(getattr(torch.ops, NAMESPACE), f"{op}_{direction}").default
-        call = _calls[op, direction] = functools.partial(_below_autograd, raw)
+        raw = getattr(getattr(torch.ops, NAMESPACE), name).default
+        call = _calls[name] = functools.partial(_below_autograd, raw)
     return call
 
 
@@ -164,6 +204,12 @@ def _unavailable(backend: str, op: str, device: str, dtype: torch.dtype | None) 
     if dtype is torch.float64:
         return "kernels compute in fp32; fp64 runs the reference"
     if backend == "native":
+        if device == "cuda":
+            if f"{op}_fwd_cuda" not in _cuda_ops:
+                return f"there is no ahead-of-time CUDA kernel for {op}"
+            if not _cuda_ops[f"{op}_fwd_cuda"]:
+                return _ext.missing.get("_C_cuda", f"the CUDA library has no kernel for {op}")
+            return None
         if device not in ("cpu", "meta"):
             return f"there is no native kernel for device {device}"
         if device == "cpu" and f"{op}_fwd" not in _native_ops:
@@ -198,22 +244,60 @@ def choose(op: str, tensor: Tensor) -> str:
         if reason is not None:
             raise ValueError(f"use_backend({_override!r}) cannot run {op}: {reason}")
         return _override
-    fast = "triton" if device == "cuda" else "native"
-    reason = _unavailable(fast, op, device, tensor.dtype)
+    fast, reason = _fastest(op, tensor, device)
     if not compiling:
-        _record(op, device, fast if reason is None else "reference", reason)
-        if reason is None and device in ("cpu", "cuda"):
+        _record(op, device, fast, reason, warn=fast == "reference")
+        lasting = device in ("cpu", "cuda") and not (device == "cuda" and _measured.get(op))
+        if fast != "reference" and lasting:
             _settled[op, tensor.is_cuda, tensor.dtype] = fast
-    return fast if reason is None else "reference"
+    return fast
 
 
-def _record(op: str, device: str, backend: str, reason: str | None) -> None:
+def _fastest(op: str, tensor: Tensor, device: str) -> tuple[str, str | None]:
+    """The backend for a call, and why no (faster) kernel, or not the usual one, runs it."""
+    if device != "cuda":
+        reason = _unavailable("native", op, device, tensor.dtype)
+        return ("native", None) if reason is None else ("reference", reason)
+    rule = _measured_rule(op, tensor)
+    if rule is not None and _unavailable("native", op, device, tensor.dtype) is None:
+        low, high = rule["widths"]
+        return "native", f"measured faster than triton at widths {low} to {high}"
+    reason = _unavailable("triton", op, device, tensor.dtype)
+    if reason is None:
+        return "triton", None
+    no_native = _unavailable("native", op, device, tensor.dtype)
+    return ("native", f"not triton: {reason}") if no_native is None else ("reference", reason)
+
+
+def _measured_rule(op: str, tensor: Tensor) -> dict[str, Any] | None:
+    rules = _measured.get(op)
+    if not rules:
+        return None
+    capability = list(_capability(tensor.device.index))
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    for rule in rules:
+        low, high = rule["widths"]
+        if rule["capability"] == capability and rule["dtype"] == dtype:
+            if low <= tensor.shape[-1] <= high:
+                return rule
+    return None
+
+
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
+
+
+# What torch.compiler.assume_constant_result does, without importing all of torch._dynamo.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _record(op: str, device: str, backend: str, reason: str | None, warn: bool = True) -> None:
     decision = (backend, reason or "")
     if _decisions.get((op, device)) == decision:
         return
     _decisions[op, device] = decision
     _settled.clear()  # the next call on the fast path says so again
-    if reason is not None and "fp64" not in reason:  # fp64 is asked for on purpose
+    if warn and reason is not None and "fp64" not in reason:  # fp64 is asked for on purpose
         warnings.warn(f"sora_kernels.{op} runs the {backend} path: {reason}", stacklevel=4)
 
 
@@ -228,10 +312,17 @@ def record(op: str, device: str, implementation: str, reason: str) -> None:
 
 
 def fall_back(op: str, tensor: Tensor, reason: str) -> str:
-    """Records that this call cannot take the fast path, and returns ``"reference"``."""
+    """Records that the chosen kernel cannot run this call, and returns what does.
+
+    That is ``"native"`` where Triton's was chosen on CUDA and there is an ahead-of-time kernel,
+    else ``"reference"``.
+    """
+    device = tensor.device.type
+    ahead = device == "cuda" and _unavailable("native", op, device, tensor.dtype) is None
+    chosen = "native" if ahead and _override is None else "reference"
     if not torch.compiler.is_compiling():
-        _record(op, tensor.device.type, "reference", reason)
-    return "reference"
+        _record(op, device, chosen, reason, warn=chosen == "reference")
+    return chosen
 
 
 def use_backend(name: str | None) -> AbstractContextManager[None]:

@@ -105,10 +105,10 @@ def op_names() -> list[str]:
 def _op(name: str) -> dict[str, dict[str, Any]]:
     importlib.import_module(f"{ops.__name__}.{name}")
     result = {}
-    for device, fast in (("cpu", "native"), ("cuda", "triton")):
+    for device, order in (("cpu", ("native",)), ("cuda", ("triton", "native"))):
         why_not = {b: backend.why_not(name, b, device) for b in backend.BACKENDS}
         result[device] = {
-            "backend": fast if why_not[fast] is None else "reference",
+            "backend": next((b for b in order if why_not[b] is None), "reference"),
             "why_not": {b: reason for b, reason in why_not.items() if reason is not None},
         }
     return result

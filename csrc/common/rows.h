@@ -1,10 +1,10 @@
 // Row-indexed modulation: which row of a [R, D] matrix a token uses, and the inverse of that map.
-// Plain data filled by the bindings; the inline functions are `static` so that no translation unit
-// shares its (instruction set specific) copy with another.
+// Plain data filled by the bindings, and the arithmetic on it that CPU and CUDA kernels share.
 #pragma once
 #include <cstdint>
 
 #include "dtype.h"
+#include "host_device.h"
 
 namespace sora {
 
@@ -24,10 +24,18 @@ struct Tokens {
   DType type = DType::f32;
 };
 
+// n / d of numbers >= 0. A GPU has no 64-bit division, and takes about a hundred instructions for one.
+SORA_HD int64_t quotient(int64_t n, int64_t d) {
+  if (n < d) return 0;
+  if (((n | d) >> 32) == 0) return static_cast<uint32_t>(n) / static_cast<uint32_t>(d);
+  return n / d;
+}
+
 template <class T>
-static inline const T* token_row(const Tokens& x, int64_t n) {
-  return static_cast<const T*>(x.data) + (n / x.per_batch) * x.batch_stride +
-         (n % x.per_batch) * x.token_stride;
+SORA_HD const T* token_row(const Tokens& x, int64_t n) {
+  const int64_t batch = quotient(n, x.per_batch);
+  return static_cast<const T*>(x.data) + batch * x.batch_stride +
+         (n - batch * x.per_batch) * x.token_stride;
 }
 
 // sora_kernels/rows.py RowMap. Uniform maps have no index: row(n) = n / tokens_per_row.
@@ -45,13 +53,13 @@ struct RowGrad {
   float* partial = nullptr;  // [blocks, 2, D]; null if every row is one token
 };
 
-static inline int64_t row_of(const RowMap& map, int64_t token) {
-  return map.index ? map.index[token] : token / map.tokens_per_row;
+SORA_HD int64_t row_of(const RowMap& map, int64_t token) {
+  return map.index ? map.index[token] : quotient(token, map.tokens_per_row);
 }
-static inline int64_t token_at(const RowMap& map, int64_t position) {
+SORA_HD int64_t token_at(const RowMap& map, int64_t position) {
   return map.order ? map.order[position] : position;
 }
-static inline int64_t row_begin(const RowMap& map, int64_t row) {
+SORA_HD int64_t row_begin(const RowMap& map, int64_t row) {
   return map.offsets ? map.offsets[row] : row * map.tokens_per_row;
 }
 

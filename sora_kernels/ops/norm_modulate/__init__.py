@@ -257,4 +257,5 @@ _backend.register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_fwd,
     _fake_bwd,
+    cuda=True,
 )

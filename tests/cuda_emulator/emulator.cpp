@@ -1,0 +1,173 @@
+// The scheduler of the emulator; see cuda_runtime.h.
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+// Bounds of the section that holds all __shared__ variables, made by the linker; absent without any.
+extern "C" char __start_emulator_shared[] __attribute__((weak));
+extern "C" char __stop_emulator_shared[] __attribute__((weak));
+
+namespace emulator {
+
+dim3 grid_dim, block_dim, block_index, thread_index;
+
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 128 << 10;
+constexpr size_t kMostShared = 227 << 10;
+
+// Waits of a group of threads: who comes last opens it and starts the next round.
+struct Barrier {
+  int arrived = 0;
+  unsigned round = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t slot[2][kWarp];  // of even and odd rounds
+  int size = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  dim3 index;
+  int number = 0;
+  const Barrier* waits_for = nullptr;
+  unsigned round = 0;
+  bool done = false;
+};
+
+ucontext_t scheduler;
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+Barrier block;
+Fiber* current = nullptr;
+const std::function<void()>* program = nullptr;
+bool backwards = false;
+alignas(128) char shared_memory[kMostShared];
+
+void enter() {
+  (*program)();
+  current->done = true;
+  swapcontext(&current->context, &scheduler);
+}
+
+void wait(Barrier& barrier, int expected) {
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.round;
+    return;
+  }
+  Fiber* self = current;
+  self->waits_for = &barrier;
+  self->round = barrier.round;
+  swapcontext(&self->context, &scheduler);
+}
+
+Warp& own_warp() { return warps[current->number / kWarp]; }
+
+void check_mask(unsigned mask, const Warp& warp) {
+  const unsigned all = warp.size == kWarp ? 0xffffffffu : (1u << warp.size) - 1u;
+  if ((mask & all) != all) {  // kernels here never ask for less
+    std::fputs("emulator: expected a mask of all lanes\n", stderr);
+    std::abort();
+  }
+}
+
+void start(Fiber& fiber, int number, dim3 index) {
+  fiber.number = number;
+  fiber.index = index;
+  fiber.waits_for = nullptr;
+  fiber.done = false;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, enter, 0);
+}
+
+void run_block(int threads) {
+  block = {};
+  for (size_t w = 0; w < warps.size(); ++w) {
+    warps[w].barrier = {};
+    const int rest = threads - static_cast<int>(w) * kWarp;
+    warps[w].size = rest < kWarp ? rest : kWarp;
+  }
+  int number = 0;
+  for (unsigned z = 0; z < block_dim.z; ++z)
+    for (unsigned y = 0; y < block_dim.y; ++y)
+      for (unsigned x = 0; x < block_dim.x; ++x, ++number) start(fibers[number], number, {x, y, z});
+  int left = threads;
+  while (left > 0) {
+    bool progress = false;
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = fibers[backwards ? threads - 1 - i : i];
+      if (fiber.done) continue;
+      if (fiber.waits_for && fiber.waits_for->round == fiber.round) continue;
+      fiber.waits_for = nullptr;
+      current = &fiber;
+      thread_index = fiber.index;
+      swapcontext(&scheduler, &fiber.context);
+      progress = true;
+      left -= fiber.done;
+    }
+    if (!progress)
+      throw std::runtime_error("emulator: " + std::to_string(left) +
+                               " threads wait at a barrier or shuffle that others do not reach");
+  }
+}
+
+}  // namespace
+
+void run(dim3 grid, dim3 block_shape, int shared_bytes, const std::function<void()>& body) {
+  const int threads = static_cast<int>(block_shape.x * block_shape.y * block_shape.z);
+  if (threads < 1 || threads > 1024 || static_cast<size_t>(shared_bytes) > kMostShared)
+    throw std::runtime_error("emulator: expected 1 to 1024 threads and at most 227 KiB shared");
+  grid_dim = grid;
+  block_dim = block_shape;
+  program = &body;
+  if (fibers.size() < static_cast<size_t>(threads)) fibers.resize(threads);
+  warps.resize((threads + kWarp - 1) / kWarp);
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        block_index = {x, y, z};
+        std::memset(shared_memory, 0xff, shared_bytes);  // NaN
+        if (__start_emulator_shared)
+          std::memset(__start_emulator_shared, 0xff,
+                      __stop_emulator_shared - __start_emulator_shared);
+        run_block(threads);
+      }
+}
+
+void* dynamic_shared() { return shared_memory; }
+int lane() { return current->number % kWarp; }
+void block_barrier() {
+  wait(block, static_cast<int>(block_dim.x * block_dim.y * block_dim.z));
+}
+void warp_barrier(unsigned mask) {
+  check_mask(mask, own_warp());
+  wait(own_warp().barrier, own_warp().size);
+}
+uint64_t exchange(unsigned mask, uint64_t bits, int source) {
+  Warp& warp = own_warp();
+  check_mask(mask, warp);
+  uint64_t* slot = warp.slot[warp.barrier.round % 2];
+  slot[lane()] = bits;
+  wait(warp.barrier, warp.size);
+  return slot[source];
+}
+
+}  // namespace emulator
+
+// 1: the threads of a block run from the last to the first.
+extern "C" __attribute__((visibility("default"))) void sora_emulator_order(int order) { emulator::backwards = order != 0; }
