@@ -7,6 +7,7 @@
     extend              a clip of 5 or 9 frames that ends at time -1, or starts at time T
     connect             both
     fill, more frames   single frames at their times
+    loop                the clip itself, once more before and once more behind it
 
 The clip to make is always whole: it decodes alone, and known pixels are pasted back afterwards.
 Given parts are encoded on their own and clean: their rows of the modulation say t = 0 and "given".
@@ -110,10 +111,24 @@ def clip_segment(
     latent: Sequence[int],
     patch: tuple[int, int, int],
     given: Sequence[Given] = (),
+    loop: bool = False,
 ) -> list[Part]:
-    """Parts of one clip: `words` text tokens, what is given, then the clip of latent (T, H, W)."""
+    """Parts of one clip: `words` text tokens, what is given, then the clip of latent (T, H, W).
+
+    loop: latents 1 to T - 1 stand once more before the clip and once more behind it, at the time
+    of the clip, so that its ends see each other where they meet: latent T - 1 holds the frame of
+    latent 0.
+    """
     main = token_grid(latent, patch)
-    return [Text(words), *(given_grid(part, main, patch) for part in given), Grid(*main)]
+    parts: list[Part] = [Text(words), *(given_grid(part, main, patch) for part in given)]
+    if loop:
+        if patch[0] != 1 or main[0] < 2:
+            raise ValueError(
+                f"loop: expected 2 latents or more and a patch of 1, got {main[0]} and {patch[0]}"
+            )
+        t, h, w = main
+        parts += [Grid(t - 1, h, w, origin=(at, 0.0, 0.0)) for at in (2.0 - t, float(t))]
+    return [*parts, Grid(*main)]
 
 
 def part_kinds(layout: PackedLayout) -> list[int]:

@@ -5,81 +5,22 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model.checkpoint import load_dit
+from model import modes
 from model.cli import Parser, positive, progress_bar, run
-from model.condition import Given
-from model.dit import DiT
-from model.sample import DEFAULT, Request, Sampling, sample
-from model.text import Vocabulary
-from model.vae import SPACE_STRIDE, TIME_STRIDE, VideoVAE, load_vae
+from model.condition import GivenClip
+from model.modes import Job
+from model.sample import DEFAULT, Sampling
+from model.stack import CHECKPOINT, Size, Stack, load_stack
 from model.video import contact_sheet, read_image, write_image, write_video
 
-CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
-MIN_SIDE, MAX_SIDE, MAX_FRAMES = 16, 2048, 1 + 4 * 256
 FPS = 8
 
 
-@dataclass(frozen=True)
-class Size:
-    """Pixels and frames of a clip that the VAE can hold."""
-
-    width: int
-    height: int
-    frames: int
-
-    def __post_init__(self) -> None:
-        for name in ("width", "height"):
-            value = getattr(self, name)
-            if value % SPACE_STRIDE or not MIN_SIDE <= value <= MAX_SIDE:
-                raise ValueError(
-                    f"--size: expected a {name} that is a multiple of {SPACE_STRIDE} from "
-                    f"{MIN_SIDE} to {MAX_SIDE}, got {value}"
-                )
-        if self.frames % TIME_STRIDE != 1 or not 1 <= self.frames <= MAX_FRAMES:
-            raise ValueError(
-                f"--frames: expected 1 + {TIME_STRIDE}k frames (1, 5, 9, ...) up to {MAX_FRAMES}, "
-                f"got {self.frames}"
-            )
-
-    @property
-    def latent(self) -> tuple[int, int, int]:
-        """(T, H, W) of the latent."""
-        return (
-            1 + (self.frames - 1) // TIME_STRIDE,
-            self.height // SPACE_STRIDE,
-            self.width // SPACE_STRIDE,
-        )
-
-
-@dataclass(frozen=True)
-class Stack:
-    """All that turns words into pixels."""
-
-    dit: DiT
-    vae: VideoVAE
-    words: Vocabulary
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.dit.parameters()).device
-
-
-def load_stack(folder: Path, device: torch.device | str = "cpu") -> Stack:
-    """The DiT and the VAE of a checkpoint folder.
-
-    Raises ValueError naming the file that is missing, unreadable or does not fit.
-    """
-    dit, words = load_dit(folder, device)
-    return Stack(dit, load_vae(folder, device=device), words)
-
-
-@torch.no_grad()
 def generate(
     stack: Stack,
     prompts: Sequence[str],
@@ -94,28 +35,13 @@ def generate(
 
     Clip i has the noise of `seed + i`. starts: for each clip its known first frames
     [3, 1 + 4k, H, W], or None.
-
-    Raises:
-        UnknownWords, ValueError: a prompt that the model cannot read, a start that does not fit.
     """
-    config = stack.dit.config
-    requests = []
+    jobs = []
     for i, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
         start = None if starts is None else starts[i]
-        given = []
-        if start is not None:
-            frames = start.shape[1]
-            fits = frames % TIME_STRIDE == 1 and frames < size.frames
-            if not fits or start.shape != (3, frames, size.height, size.width):
-                raise ValueError(
-                    f"starts: expected [3, 1 + {TIME_STRIDE}k, {size.height}, {size.width}] with "
-                    f"fewer than {size.frames} frames, got {list(start.shape)}"
-                )
-            given = [Given(stack.vae.encode(start[None].to(stack.device))[0], 0.0)]
-        words = stack.words.encode(prompt, config.max_words)
-        requests.append(Request(words, size.latent, seed + i, given))
-    latents = sample(stack.dit, requests, sampling, progress)
-    return [stack.vae.decode(latent[None])[0].cpu() for latent in latents]
+        given = () if start is None else (GivenClip(start, 0),)
+        jobs.append(Job(prompt, size, given, seed=seed + i))
+    return modes.run(stack, jobs, sampling, progress)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -8,8 +8,9 @@ costs one forward pass of 2x the segments and no padding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Request:
         given: what is known of it or around it.
         source: a latent [C, T, H, W] to start from, noised to time `strength`, in place of noise.
         strength: where its walk begins, in (0, 1]; 1 is noise, and a source then has no say.
+        loop: its last frame is its first one.
     """
 
     words: Sequence[int]
@@ -42,6 +44,7 @@ class Request:
     given: Sequence[Given] = ()
     source: Tensor | None = None
     strength: float = 1.0
+    loop: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
@@ -72,10 +75,12 @@ def euler(
     moving: Sequence[int | None],
     schedule: Tensor,
     progress: Callable[[int], None] | None = None,
+    copies: Mapping[int, tuple[int, int]] = MappingProxyType({}),
 ) -> list[Tensor]:
     """Integrates dx = v dt along `schedule` [K + 1, S]; column s holds the times of clip s.
 
     `moving[i]` is the clip of part i, or None for a part that stays as it is (given).
+    `copies[i] = (j, first)`: part i is, at every step, part j from its latent `first` on.
     """
     x = list(parts)
     for k in range(schedule.shape[0] - 1):
@@ -85,6 +90,8 @@ def euler(
             xi if s is None else euler_step(xi, vi, float(now[s]), float(then[s]))
             for xi, vi, s in zip(x, v, moving, strict=True)
         ]
+        for i, (j, first) in copies.items():
+            x[i] = x[j][:, first:]
         if progress is not None:
             progress(k + 1)
     return x
@@ -97,11 +104,11 @@ def guided(model: DiT, requests: Sequence[Request], guidance: float) -> Velocity
     prompt and v0 of "no prompt" (Ho & Salimans 2022).
     """
     patch, device = model.config.patch, next(model.parameters()).device
-    segments = [clip_segment(len(r.words), r.latent, patch, r.given) for r in requests]
+    segments = [clip_segment(len(r.words), r.latent, patch, r.given, r.loop) for r in requests]
     words = [number for request in requests for number in request.words]
     twice = guidance != 1.0
     if twice:
-        segments += [clip_segment(1, r.latent, patch, r.given) for r in requests]
+        segments += [clip_segment(1, r.latent, patch, r.given, r.loop) for r in requests]
         words += [NO_PROMPT] * len(requests)
     layout = PackedLayout(segments, **model.config.layout, device=device)
     numbers = torch.tensor(words, device=device)
@@ -148,6 +155,7 @@ def sample(
     parts: list[Tensor] = []
     moving: list[int | None] = []
     columns: list[Tensor] = []
+    copies: dict[int, tuple[int, int]] = {}
     for number, request in enumerate(requests):
         for known in (*(part.latent for part in request.given), request.source):
             if known is not None and known.shape[0] != config.channels:
@@ -155,11 +163,16 @@ def sample(
                     f"given, source: expected {config.channels} channels, got {known.shape[0]}"
                 )
         parts += [part.latent.to(device) for part in request.given]
-        parts.append(start_of(request, config.channels).to(device))
-        moving += [*(None for _ in request.given), number]
+        start = start_of(request, config.channels).to(device)
+        if request.loop:
+            main = len(parts) + 2
+            copies |= {main - 2: (main, 1), main - 1: (main, 1)}
+            parts += [start[:, 1:]] * 2
+        parts.append(start)
+        moving += [None] * (len(parts) - len(moving) - 1) + [number]
         tokens = math.prod(request.latent) // math.prod(config.patch)
         shift = size_shift(tokens, config.base_tokens, sampling.shift)
         columns.append(euler_times(sampling.steps, shift, request.strength))
     velocity = guided(model, requests, sampling.guidance)
-    parts = euler(velocity, parts, moving, torch.stack(columns, dim=1), progress)
+    parts = euler(velocity, parts, moving, torch.stack(columns, dim=1), progress, copies)
     return [part for part, clip in zip(parts, moving, strict=True) if clip is not None]
