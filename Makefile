@@ -1,7 +1,7 @@
 # make test | make demo: each alone is enough on a fresh machine with Python >= 3.10 and g++.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: venv build test demo lint aot clean
+.PHONY: venv build test demo lint aot report clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -81,6 +81,9 @@ lint: $(VENV)/.deps
 aot: build
 	@mkdir -p $(OUT)
 	@TRITON_INTERPRET=0 $(PY) -m sora_kernels.aot --arch 80 90 100 120 --json $(OUT)/aot.json --jobs $(JOBS)
+
+report: $(VENV)/.installed
+	@$(PY) -m benchmarks.report -o $(OUT)/report
 
 clean:
 	rm -rf build $(OUT) $(VENV)/.built

@@ -1,0 +1,252 @@
+"""A page of all committed results: `python -m benchmarks.report -o DIR`.
+
+Writes `index.html`, which needs nothing but itself, and the same pictures as PNG files beside it.
+Everything on it comes from the JSON files under `benchmarks/results/<gpu or cpu>/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sora_kernels.bench import read_report
+from sora_kernels.bench.plot import COLOURS, OTHER_COLOURS, caption, save
+from sora_kernels.bench.schema import OURS, write_text
+
+from . import model
+from .windows import plot as plot_windows
+
+RESULTS = Path(__file__).parent / "results"
+OTHERS = ("plain", "compile")
+TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+Report = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886; }
+img { max-width: 100%; background: #fff; border-radius: 4px; }
+.note { color: #777; font-size: 0.85rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.8rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.15rem 0.6rem; text-align: right; border-bottom: 1px solid #8883; }
+th:first-child, td:first-child { text-align: left; }
+.lost { color: #cf222e; }
+"""
+
+
+def ours_of(report: Report) -> list[Row]:
+    """Our rows that are a kernel's or a model's; dispatch and the planner have no floor."""
+    skip = ("dispatch", "planner")
+    return [r for r in report["rows"] if r["provider"] == OURS and r["op"] not in skip]
+
+
+def label(row: Row) -> str:
+    return f"{row['op']} {row['case']} {row['dtype']} {row['mode']}"
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=7)
+    return figure, axes
+
+
+def speedups(report: Report, path: Path) -> Path | None:
+    """Paired ratios with their intervals, one line per case and rival, on a logarithmic axis."""
+    rows = [r for r in ours_of(report) if set(OTHERS) & set(r.get("paired", {}))]
+    if not rows:
+        return None
+    figure, axes = _figure(9, 1.1 + 0.26 * len(rows))
+    for position, row in enumerate(rows):
+        for offset, other in zip((-0.16, 0.16), OTHERS, strict=True):
+            ratio = row["paired"].get(other)
+            if ratio is None:
+                continue
+            colour = COLOURS[other]
+            at = position + offset
+            axes.barh(at, ratio["median"] - 1, left=1, height=0.3, color=colour)
+            axes.plot([ratio["low"], ratio["high"]], [at, at], color="#24292f", linewidth=0.9)
+    axes.set_xscale("log", base=2)
+    low, high = axes.get_xlim()
+    axes.set_xticks([t for t in TICKS if low <= t <= high])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.axvline(1, color="#57606a", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=6.5)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("times as fast, with the 95% interval of the paired ratio", fontsize=8)
+    handles = [axes.barh(0, 0, color=COLOURS[other]) for other in OTHERS]
+    names = ["than plain PyTorch", "than torch.compile"]
+    axes.legend(
+        handles, names, fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="lower right", ncols=2
+    )
+    return save(figure, path)
+
+
+def roofline(report: Report, path: Path) -> Path | None:
+    """Arithmetic rate over arithmetic intensity, under the two measured ceilings."""
+    rows = [r for r in ours_of(report) if r["flops"] > 0 and r["bytes"] > 0]
+    if not rows:
+        return None
+    ceilings = report["ceilings"]
+    figure, axes = _figure(7.5, 5)
+    intensity = [r["flops"] / r["bytes"] for r in rows]
+    span = (min(intensity) / 2, max(intensity) * 4)
+    by_dtype = ceilings.get("matmul_tflops_by_dtype") or {"fp32": ceilings["matmul_tflops"]}
+    styles = {"fp32": "-", "bf16": "--", "fp16": ":"}
+    for dtype, peak in by_dtype.items():
+        corner = 1e3 * peak / ceilings["copy_gbps"]
+        points = sorted({span[0], corner, max(span[1], 2 * corner)})
+        rates = [min(peak, x * ceilings["copy_gbps"] / 1e3) for x in points]
+        axes.loglog(points, rates, styles[dtype], color="#57606a", linewidth=0.9, label=dtype)
+    palette = (*OTHER_COLOURS, *COLOURS.values(), "#bc4c00", "#4c2889", "#116329")
+    for index, op in enumerate(dict.fromkeys(r["op"] for r in rows)):
+        mine = [r for r in rows if r["op"] == op]
+        x = [r["flops"] / r["bytes"] for r in mine]
+        colour = palette[index % len(palette)]
+        axes.loglog(x, [r["tflops"] for r in mine], "o", color=colour, markersize=4.5, label=op)
+    axes.set_xlabel("FLOP per byte of the least traffic", fontsize=8)
+    axes.set_ylabel("TFLOP/s", fontsize=8)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=6.5, frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    return save(figure, path)
+
+
+def memory(report: Report, path: Path) -> Path | None:
+    """Peak memory of one call as a share of plain PyTorch's."""
+    plain = {_case(r): r["peak_mem_mb"] for r in report["rows"] if r["provider"] == "plain"}
+    rows = [r for r in ours_of(report) if plain.get(_case(r), 0) > 0]
+    if not rows:
+        return None
+    figure, axes = _figure(9, 1.1 + 0.2 * len(rows))
+    for position, row in enumerate(rows):
+        share = 100 * row["peak_mem_mb"] / plain[_case(row)]
+        axes.barh(position, share, height=0.7, color=COLOURS[OURS])
+        text = f" {share:.0f}% of {plain[_case(row)]:,.0f} MB"
+        axes.text(share, position, text, va="center", fontsize=6)
+    axes.axvline(100, color="#57606a", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=6.5)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.15)
+    axes.set_xlabel("peak memory of a call, percent of plain PyTorch's", fontsize=8)
+    return save(figure, path)
+
+
+def _case(row: Row) -> tuple[str, ...]:
+    return row["suite"], row["op"], row["mode"], row["case"], row["dtype"]
+
+
+def _against(row: Row, other: str) -> str:
+    ratio = row.get("paired", {}).get(other)
+    if ratio is None:
+        return "<td>-</td>"
+    lost = ' class="lost"' if ratio["high"] < 1 else ""
+    return f"<td{lost}>{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]</td>"
+
+
+def rows_table(report: Report) -> str:
+    """Every row of ours; red where a rival is faster beyond doubt."""
+    lines = [
+        "<tr><th>case</th><th>ms</th><th>of floor</th><th>GB/s</th><th>peak MB</th>"
+        "<th>faster than plain</th><th>than compile</th></tr>"
+    ]
+    for row in ours_of(report):
+        lines.append(
+            f"<tr><td>{html.escape(label(row))}</td><td>{row['p50_ms']:.2f}</td>"
+            f"<td>{100 * row['roofline']:.0f}%</td><td>{row['gbps']:.1f}</td>"
+            f"<td>{row['peak_mem_mb']:.1f}</td>{_against(row, 'plain')}{_against(row, 'compile')}"
+            "</tr>"
+        )
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _predicted(report: Report, path: Path) -> Path | None:
+    rows = model.against_measured(report)
+    return model.plot(rows, path, caption(report)) if rows else None
+
+
+def _scaling(report: Report, path: Path) -> Path | None:
+    return plot_windows(report, path)
+
+
+PICTURES = {
+    "speedup": ("Speed against plain PyTorch and torch.compile", speedups),
+    "roofline": ("Roofline", roofline),
+    "memory": ("Memory", memory),
+    "predicted": ("Predicted against measured", _predicted),
+}
+
+
+def section(place: str, name: str, report: Report, out: Path) -> str:
+    """One result file: its pictures, written to `out`, and its table."""
+    pictures = {"scaling": ("Time over tokens", _scaling)} if name == "windows" else PICTURES
+    parts = [f"<h2>{html.escape(place)}: {html.escape(name)}</h2>"]
+    parts.append(f'<p class="note">{html.escape(caption(report))}</p>')
+    for kind, (title, draw) in pictures.items():
+        if kind == "predicted" and name != "ops":
+            continue
+        path = draw(report, out / f"{place}-{name}-{kind}.png")
+        if path is not None:
+            data = base64.b64encode(path.read_bytes()).decode()
+            parts.append(f'<h3>{title}</h3><img alt="{title}" src="data:image/png;base64,{data}">')
+    if name != "windows":
+        parts.append(f"<details><summary>All rows</summary>{rows_table(report)}</details>")
+    return "\n".join(parts)
+
+
+def build(results: Path, out: Path) -> Path:
+    """The page from every `<place>/<suite>.json` under `results`; ValueError if there is none."""
+    files = sorted(results.glob("*/*.json"))
+    if not files:
+        raise ValueError(f"--results: expected <gpu>/<suite>.json files under {results}")
+    out.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for path in files:
+        place = path.parent.name
+        sections.append(section(place, path.stem, read_report(path), out))
+    measured = sorted({path.parent.name for path in files} - {"cpu"})
+    note = (
+        f"Measured on: CPU{''.join(', ' + name for name in measured)}."
+        if measured
+        else "Measured on a CPU alone: no result of a GPU is committed."
+    )
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>sora_kernels: results</title><style>{STYLE}</style>"
+        f"<h1>sora_kernels: results</h1><p>{note} Ratios are medians over rounds in which all "
+        "providers ran in turn, with 95% intervals; red marks a rival that is faster beyond doubt. "
+        "The floor is the least traffic over the copy rate, or the arithmetic over the matrix "
+        "rate, both measured in the same run.</p>" + "\n".join(sections) + "</html>\n"
+    )
+    index = out / "index.html"
+    write_text(index, page)
+    return index
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    options = parser.parse_args(argv)
+    try:
+        print(build(options.results, options.out))
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
