@@ -6,6 +6,12 @@
 
 namespace sora::cuda {
 
+// A law, where the type that it rounds to is known at run time only; else it is an int.
+struct TypedLaw {
+  int points;
+  DType type;
+};
+
 // Rounds to T if the law has this point: one branch, the same for all threads.
 template <class T, int V>
 SORA_D void round_at(int law, int point, float (&v)[V]) {
@@ -16,10 +22,15 @@ SORA_D void round_at(int law, int point, float (&v)[V]) {
     }
   }
 }
+template <class, int V>
+SORA_D void round_at(TypedLaw law, int point, float (&v)[V]) {
+  if (law.type == DType::bf16) round_at<bf16, V>(law.points, point, v);
+  else if (law.type == DType::f16) round_at<f16, V>(law.points, point, v);
+}
 
 // A modulation plus its table.
-template <class T, int V>
-SORA_D void modulation(const Matrix& m, const Matrix& table, int64_t row, int column, int law,
+template <class T, int V, class Law>
+SORA_D void modulation(const Matrix& m, const Matrix& table, int64_t row, int column, Law law,
                        float (&out)[V]) {
   load<V>(m, row, column, out);
   if (table.data) {
@@ -32,8 +43,8 @@ SORA_D void modulation(const Matrix& m, const Matrix& table, int64_t row, int co
 }
 
 // 1 + scale.
-template <class T, int V>
-SORA_D void one_plus(const Matrix& m, const Matrix& table, int64_t row, int column, int law,
+template <class T, int V, class Law>
+SORA_D void one_plus(const Matrix& m, const Matrix& table, int64_t row, int column, Law law,
                      float (&out)[V]) {
   modulation<T, V>(m, table, row, column, law, out);
 #pragma unroll
@@ -42,8 +53,8 @@ SORA_D void one_plus(const Matrix& m, const Matrix& table, int64_t row, int colu
 }
 
 // xhat * weight + bias, of a rounded xhat.
-template <class T, int V>
-SORA_D void affine(const Matrix& weight, const Matrix& bias, int column, int law, float (&v)[V]) {
+template <class T, int V, class Law>
+SORA_D void affine(const Matrix& weight, const Matrix& bias, int column, Law law, float (&v)[V]) {
   float row[V];
   if (weight.data) {
     load<V>(weight, 0, column, row);
@@ -59,9 +70,9 @@ SORA_D void affine(const Matrix& weight, const Matrix& bias, int column, int law
 }
 
 // normed * (1 + scale) + shift; the store is the rounding of the sum.
-template <class T, int V>
+template <class T, int V, class Law>
 SORA_D void modulate(const Matrix& scale, const Matrix& scale_table, const Matrix& shift,
-                     const Matrix& shift_table, int64_t row, int column, int law, float (&v)[V]) {
+                     const Matrix& shift_table, int64_t row, int column, Law law, float (&v)[V]) {
   float m[V];
   if (scale.data) {
     one_plus<T, V>(scale, scale_table, row, column, law, m);

@@ -11,7 +11,7 @@ namespace sora::cuda {
 namespace {
 
 constexpr int kElements = 8;  // of a row, in the registers of one thread
-// What the registers of all running sums allow: two of them, or all six.
+// What the registers of the running sums allow: of all six, or two.
 template <bool All>
 constexpr int kMaxThreads = All ? 384 : 640;
 constexpr int kAnyThreads = 256;
@@ -51,13 +51,13 @@ struct Running {
 };
 
 // 1 + scale of one row at V columns.
-template <class T, int V, int Outputs>
-SORA_D void load_scales(const NormModulateBwd& a, int64_t row, int column,
+template <class T, int V, int Outputs, class Law>
+SORA_D void load_scales(const NormModulateBwd& a, int64_t row, int column, Law law,
                         float (&scales)[Outputs][V]) {
 #pragma unroll
   for (int o = 0; o < Outputs; ++o) {
     if (a.scale[o].data) {
-      one_plus<T, V>(a.scale[o], a.scale_table, row, column, a.law, scales[o]);
+      one_plus<T, V>(a.scale[o], a.scale_table, row, column, law, scales[o]);
     } else {
 #pragma unroll
       for (int i = 0; i < V; ++i) scales[o][i] = 1.0f;
@@ -65,28 +65,27 @@ SORA_D void load_scales(const NormModulateBwd& a, int64_t row, int column,
   }
 }
 
-// V columns of one token: adds to the sums, and gives xhat and h.
-template <class Tin, class Tout, int V, bool All>
-SORA_D void backward_columns(const NormModulateBwd& a, const float (&x)[V], const Tout* const* dy,
-                             float mean, float rstd,
+// V columns of one token, of which xhat and the upstream gradients g are given: adds to the sums, and
+// gives h.
+template <class T, int V, bool All, class Law>
+SORA_D void backward_columns(const NormModulateBwd& a, const float (&xhat)[V],
+                             const float (&g)[Running<V, All>::kOutputs][V],
                              const float (&scales)[Running<V, All>::kOutputs][V], int column,
-                             Running<V, All>* sums, float (&xhat)[V], float (&h)[V]) {
+                             Law law, Running<V, All>* sums, float (&h)[V]) {
   float normed[V], rounded_xhat[V];
 #pragma unroll
-  for (int i = 0; i < V; ++i) rounded_xhat[i] = xhat[i] = (x[i] - mean) * rstd, h[i] = 0.0f;
-  round_at<Tout, V>(a.law, kXhat, rounded_xhat);
+  for (int i = 0; i < V; ++i) rounded_xhat[i] = xhat[i], h[i] = 0.0f;
+  round_at<T, V>(law, kXhat, rounded_xhat);
 #pragma unroll
   for (int i = 0; i < V; ++i) normed[i] = rounded_xhat[i];
-  affine<Tout, V>(a.weight, a.bias, column, a.law, normed);
+  affine<T, V>(a.weight, a.bias, column, law, normed);
 #pragma unroll
   for (int o = 0; o < Running<V, All>::kOutputs; ++o) {
     if (o >= a.outputs) continue;
-    float g[V];
-    load<Tout, V>(dy[o] + column, g);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      if (sums) sums->dshift[o][i] += g[i], sums->dscale[o][i] += g[i] * normed[i];
-      h[i] += g[i] * scales[o][i];
+      if (sums) sums->dshift[o][i] += g[o][i], sums->dscale[o][i] += g[o][i] * normed[i];
+      h[i] += g[o][i] * scales[o][i];
     }
   }
   if (All && sums) {
@@ -101,19 +100,8 @@ SORA_D void backward_columns(const NormModulateBwd& a, const float (&x)[V], cons
   }
 }
 
-template <class Tin, int V>
-SORA_D void write_dx(const NormModulateBwd& a, int64_t n, int column, float rstd, float c1, float c2,
-                     const float (&xhat)[V], const float (&h)[V]) {
-  float dx[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) dx[i] = rstd * (h[i] - c1 - xhat[i] * c2);
-  store<Tin, V>(static_cast<Tin*>(a.dx) + n * a.width + column, dx);
-}
-
-template <class Tout>
-SORA_D void dy_rows(const NormModulateBwd& a, int64_t n, const Tout* (&dy)[kMaxOutputs]) {
-#pragma unroll
-  for (int o = 0; o < kMaxOutputs; ++o) dy[o] = o < a.outputs ? token_row<Tout>(a.dy[o], n) : nullptr;
+SORA_D float dx_of(float rstd, float h, float xhat, float c1, float c2) {
+  return rstd * (h - c1 - xhat * c2);
 }
 
 // Everything in one pass: whole rows, 16 bytes at a time, one block of sorted tokens per blockDim.x
@@ -133,62 +121,87 @@ __global__ void __launch_bounds__(kMaxThreads<All>) norm_modulate_bwd_row(
 #pragma unroll
   for (int k = 0; k < K; ++k) sums[k].start_block();
   int64_t row = -1;
-  for (int64_t position = block.start; position < block.stop; ++position) {
-    const int64_t n = token_at(a.rows, position), wanted = row_of(a.rows, n);
+  for (int64_t position = block.start;; ++position) {
+    const bool end = position == block.stop;
+    const int64_t n = end ? 0 : token_at(a.rows, position), wanted = end ? -1 : row_of(a.rows, n);
+    if (wanted != row) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (column(k) >= a.width) continue;
+        if (row >= 0) sums[k].flush_row(a, block, row, column(k));
+        if (end) continue;
+        load_scales<Tout, V, O>(a, wanted, column(k), a.law, scales[k]);
+        sums[k].start_row();
+      }
+      row = wanted;
+    }
+    if (end) break;
     const Tin* x = token_row<Tin>(a.x, n);
-    const Tout* dy[kMaxOutputs];
-    dy_rows(a, n, dy);
+    Words<Tin, V> xs[K] = {};
+    Words<Tout, V> dys[K][O] = {};
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (column(k) >= a.width) continue;
+      xs[k] = fetch<Tin, V>(x + column(k));
+#pragma unroll
+      for (int o = 0; o < O; ++o)
+        if (o < a.outputs) dys[k][o] = fetch<Tout, V>(token_row<Tout>(a.dy[o], n) + column(k));
+    }
     const float mean = a.mean ? a.mean[n] : 0.0f, rstd = a.rstd[n];
     float xhat[K][V] = {}, h[K][V] = {}, means[2] = {};
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (column(k) >= a.width) continue;
-      if (wanted != row) {
-        if (row >= 0) sums[k].flush_row(a, block, row, column(k));
-        load_scales<Tout, V, O>(a, wanted, column(k), scales[k]);
-        sums[k].start_row();
-      }
-      float values[V];
-      load<Tin, V>(x + column(k), values);
-      backward_columns<Tin, Tout, V, All>(a, values, dy, mean, rstd, scales[k], column(k), &sums[k],
-                                          xhat[k], h[k]);
+      float g[O][V];
+      widen<Tin, V>(xs[k], xhat[k]);
+#pragma unroll
+      for (int i = 0; i < V; ++i) xhat[k][i] = (xhat[k][i] - mean) * rstd;
+#pragma unroll
+      for (int o = 0; o < O; ++o) widen<Tout, V>(dys[k][o], g[o]);
+      backward_columns<Tout, V, All>(a, xhat[k], g, scales[k], column(k), a.law, &sums[k], h[k]);
 #pragma unroll
       for (int i = 0; i < V; ++i) means[0] += h[k][i], means[1] += h[k][i] * xhat[k][i];
     }
-    row = wanted;
     if (!a.dx) continue;
     team_sum<2>(means, scratch, static_cast<int>(position & 1));
     const float c1 = a.mean ? means[0] * inverse : 0.0f, c2 = means[1] * inverse;
 #pragma unroll
-    for (int k = 0; k < K; ++k)
-      if (column(k) < a.width) write_dx<Tin, V>(a, n, column(k), rstd, c1, c2, xhat[k], h[k]);
+    for (int k = 0; k < K; ++k) {
+      if (column(k) >= a.width) continue;
+      float dx[V];
+#pragma unroll
+      for (int i = 0; i < V; ++i) dx[i] = dx_of(rstd, h[k][i], xhat[k][i], c1, c2);
+      store<Tin, V>(static_cast<Tin*>(a.dx) + n * a.width + column(k), dx);
+    }
   }
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (column(k) >= a.width) continue;
-    sums[k].flush_row(a, block, row, column(k));
-    sums[k].flush_block(a, block, column(k));
-  }
+  for (int k = 0; k < K; ++k)
+    if (column(k) < a.width) sums[k].flush_block(a, block, column(k));
 }
 
-// Any width, any address. First the two means of every row that dx needs ...
-template <class Tin, class Tout>
+// One column of one token: what `backward_columns` wants, from memory of any type.
+SORA_D void load_column(const NormModulateBwd& a, int64_t n, int c, float mean, float rstd,
+                        float (&xhat)[1], float (&g)[kMaxOutputs][1]) {
+  xhat[0] = (load_one(a.x, n, c) - mean) * rstd;
+#pragma unroll
+  for (int o = 0; o < kMaxOutputs; ++o) g[o][0] = o < a.outputs ? load_one(a.dy[o], n, c) : 0.0f;
+}
+
+// Any width, address and type. First the two means of every row that dx needs ...
 __global__ void __launch_bounds__(kAnyThreads) norm_modulate_bwd_means(
     const __grid_constant__ NormModulateBwd a) {
   __shared__ TeamScratch<2> scratch;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (n >= a.tokens) return;
+  const TypedLaw law{a.law, a.out_type};
   const int64_t row = row_of(a.rows, n);
-  const Tin* x = token_row<Tin>(a.x, n);
-  const Tout* dy[kMaxOutputs];
-  dy_rows(a, n, dy);
   const float mean = a.mean ? a.mean[n] : 0.0f, rstd = a.rstd[n];
   float sum[2] = {};
   for (int c = threadIdx.x; c < a.width; c += blockDim.x) {
-    float scales[kMaxOutputs][1], value[1], xhat[1], h[1];
-    load_scales<Tout, 1, kMaxOutputs>(a, row, c, scales);
-    load<Tin, 1>(x + c, value);
-    backward_columns<Tin, Tout, 1, true>(a, value, dy, mean, rstd, scales, c, nullptr, xhat, h);
+    float scales[kMaxOutputs][1], g[kMaxOutputs][1], xhat[1], h[1];
+    load_scales<void, 1, kMaxOutputs>(a, row, c, law, scales);
+    load_column(a, n, c, mean, rstd, xhat, g);
+    backward_columns<void, 1, true>(a, xhat, g, scales, c, law, nullptr, h);
     sum[0] += h[0];
     sum[1] += h[0] * xhat[0];
   }
@@ -201,11 +214,11 @@ __global__ void __launch_bounds__(kAnyThreads) norm_modulate_bwd_means(
 }
 
 // ... then everything else, which is the columns' own: one thread per column and block of tokens.
-template <class Tin, class Tout>
 __global__ void __launch_bounds__(kAnyThreads) norm_modulate_bwd_any(
     const __grid_constant__ NormModulateBwd a, int64_t size) {
   const int c = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
   if (c >= a.width) return;
+  const TypedLaw law{a.law, a.out_type};
   const TokenBlock block = token_block(blockIdx.x, a.tokens, size);
   Running<1, true> sums;
   float scales[kMaxOutputs][1];
@@ -215,17 +228,16 @@ __global__ void __launch_bounds__(kAnyThreads) norm_modulate_bwd_any(
     const int64_t n = token_at(a.rows, position), wanted = row_of(a.rows, n);
     if (wanted != row) {
       if (row >= 0) sums.flush_row(a, block, row, c);
-      load_scales<Tout, 1, kMaxOutputs>(a, row = wanted, c, scales);
+      load_scales<void, 1, kMaxOutputs>(a, row = wanted, c, law, scales);
       sums.start_row();
     }
-    const Tout* dy[kMaxOutputs];
-    dy_rows(a, n, dy);
     const float rstd = a.rstd[n];
-    float value[1], xhat[1], h[1];
-    load<Tin, 1>(token_row<Tin>(a.x, n) + c, value);
-    backward_columns<Tin, Tout, 1, true>(a, value, dy, a.mean ? a.mean[n] : 0.0f, rstd, scales, c,
-                                         &sums, xhat, h);
-    if (a.dx) write_dx<Tin, 1>(a, n, c, rstd, a.means[2 * n], a.means[2 * n + 1], xhat, h);
+    float xhat[1], g[kMaxOutputs][1], h[1];
+    load_column(a, n, c, a.mean ? a.mean[n] : 0.0f, rstd, xhat, g);
+    backward_columns<void, 1, true>(a, xhat, g, scales, c, law, &sums, h);
+    if (!a.dx) continue;
+    const float dx[1] = {dx_of(rstd, h[0], xhat[0], a.means[2 * n], a.means[2 * n + 1])};
+    store<1>(a.dx, a.x.type, n * a.width + c, dx);
   }
   sums.flush_row(a, block, row, c);
   sums.flush_block(a, block, c);
@@ -235,17 +247,21 @@ bool needs_all(const NormModulateBwd& a) {
   return a.outputs > 1 || a.dweight.grad.result || a.dbias.grad.result;
 }
 
-template <class Tin, class Tout>
 void launch_any(const NormModulateBwd& a, int64_t size, Stream stream) {
   if (a.dx) {
     const dim3 block = row_threads(a.width, kElements, kAnyThreads);
-    launch(norm_modulate_bwd_means<Tin, Tout>, dim3(blocks_of(a.tokens, block.y)), block, 0, stream,
-           a);
+    launch(norm_modulate_bwd_means, dim3(blocks_of(a.tokens, block.y)), block, 0, stream, a);
   }
   const int threads = a.width < kAnyThreads ? round_up(a.width, kWarp) : kAnyThreads;
-  launch(norm_modulate_bwd_any<Tin, Tout>,
-         dim3(blocks_of(a.tokens, size), blocks_of(a.width, threads)), dim3(threads), 0, stream, a,
-         size);
+  launch(norm_modulate_bwd_any, dim3(blocks_of(a.tokens, size), blocks_of(a.width, threads)),
+         dim3(threads), 0, stream, a, size);
+}
+
+template <class Tin, class Tout, bool All>
+void launch_row(const NormModulateBwd& a, int64_t size, Stream stream) {
+  const dim3 block = row_threads(a.width, kElements, kMaxThreads<All>);
+  launch(norm_modulate_bwd_row<Tin, Tout, All>, dim3(blocks_of(a.tokens, size * block.y)), block, 0,
+         stream, a, size);
 }
 
 }  // namespace
@@ -259,16 +275,14 @@ bool norm_modulate_bwd_holds_row(const NormModulateBwd& a) {
 
 void norm_modulate_bwd(const NormModulateBwd& a, Stream stream) {
   const int64_t size = block_tokens(a.tokens);
-  by_type(a.x.type, a.out_type, [&](auto in, auto out) {
-    using Tin = decltype(in);
-    using Tout = decltype(out);
-    if (!norm_modulate_bwd_holds_row(a)) return launch_any<Tin, Tout>(a, size, stream);
-    const bool all = needs_all(a);
-    const dim3 block =
-        row_threads(a.width, kElements, all ? kMaxThreads<true> : kMaxThreads<false>);
-    launch(all ? norm_modulate_bwd_row<Tin, Tout, true> : norm_modulate_bwd_row<Tin, Tout, false>,
-           dim3(blocks_of(a.tokens, size * block.y)), block, 0, stream, a, size);
-  });
+  if (!norm_modulate_bwd_holds_row(a)) {
+    launch_any(a, size, stream);
+  } else {
+    by_type(a.x.type, a.out_type, [&](auto in, auto out) {
+      if (needs_all(a)) launch_row<decltype(in), decltype(out), true>(a, size, stream);
+      else launch_row<decltype(in), decltype(out), false>(a, size, stream);
+    });
+  }
   FinishSums finish{a.tokens, size, a.width};
   for (const GroupedSum* g : {&a.dweight, &a.dbias, &a.dshift[0], &a.dscale[0], &a.dshift[1],
                               &a.dscale[1]})

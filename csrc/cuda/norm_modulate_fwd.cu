@@ -8,21 +8,24 @@ namespace sora::cuda {
 namespace {
 
 constexpr int kElements = 16;  // of a row, in the registers of one thread
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024, kAnyThreads = 512;
 
-// All outputs of token n at `column`, from xhat.
-template <class T, int V>
-SORA_D void write(const NormModulateFwd& a, int64_t n, int64_t row, int column, float (&xhat)[V]) {
-  round_at<T, V>(a.law, kXhat, xhat);
-  affine<T, V>(a.weight, a.bias, column, a.law, xhat);
+// All outputs of token n at `column`, from xhat; T is void where the law knows the type.
+template <class T, int V, class Law>
+SORA_D void write(const NormModulateFwd& a, int64_t n, int64_t row, int column, Law law,
+                  float (&xhat)[V]) {
+  round_at<T, V>(law, kXhat, xhat);
+  affine<T, V>(a.weight, a.bias, column, law, xhat);
 #pragma unroll
   for (int o = 0; o < kMaxOutputs; ++o) {
     if (o >= a.outputs) continue;
     float v[V];
 #pragma unroll
     for (int i = 0; i < V; ++i) v[i] = xhat[i];
-    modulate<T, V>(a.scale[o], a.scale_table, a.shift[o], a.shift_table, row, column, a.law, v);
-    store<T, V>(static_cast<T*>(a.y[o]) + n * a.width + column, v);
+    modulate<T, V>(a.scale[o], a.scale_table, a.shift[o], a.shift_table, row, column, law, v);
+    if constexpr (sizeof(Law) == sizeof(int))
+      store<T, V>(static_cast<T*>(a.y[o]) + n * a.width + column, v);
+    else store<V>(a.y[o], a.out_type, n * a.width + column, v);
   }
 }
 
@@ -75,37 +78,34 @@ __global__ void __launch_bounds__(kMaxThreads) norm_modulate_fwd_row(
     if (column(k) >= a.width) continue;
 #pragma unroll
     for (int i = 0; i < V; ++i) v[k][i] *= rstd;
-    write<Tout, V>(a, n, row, column(k), v[k]);
+    write<Tout, V>(a, n, row, column(k), a.law, v[k]);
   }
 }
 
-// Any width, any address: the row is read once for each sum and once for the outputs.
-template <class Tin, class Tout>
-__global__ void __launch_bounds__(kMaxThreads) norm_modulate_fwd_any(
+// Any width, address and type: the row is read once for each sum and once for the outputs.
+__global__ void __launch_bounds__(kAnyThreads) norm_modulate_fwd_any(
     const __grid_constant__ NormModulateFwd a) {
   __shared__ TeamScratch<1> scratch;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (n >= a.tokens) return;
-  const Tin* x = token_row<Tin>(a.x, n);
   const int first = threadIdx.x, step = blockDim.x;
   const float inverse = 1.0f / static_cast<float>(a.width);
-  float v[1], mean = 0.0f, square = 0.0f;
+  float mean = 0.0f, square = 0.0f;
   if (a.mean) {
     float sum = 0.0f;
-    for (int c = first; c < a.width; c += step) load<Tin, 1>(x + c, v), sum += v[0];
+    for (int c = first; c < a.width; c += step) sum += load_one(a.x, n, c);
     mean = inverse * team_sum(sum, scratch, 0);
   }
   for (int c = first; c < a.width; c += step) {
-    load<Tin, 1>(x + c, v);
-    square += (v[0] - mean) * (v[0] - mean);
+    const float centred = load_one(a.x, n, c) - mean;
+    square += centred * centred;
   }
   const float rstd = 1.0f / sqrtf(team_sum(square, scratch, 1) * inverse + a.eps);
   write_statistics(a, n, mean, rstd);
   const int64_t row = row_of(a.rows, n);
   for (int c = first; c < a.width; c += step) {
-    load<Tin, 1>(x + c, v);
-    v[0] = (v[0] - mean) * rstd;
-    write<Tout, 1>(a, n, row, c, v);
+    float v[1] = {(load_one(a.x, n, c) - mean) * rstd};
+    write<void, 1>(a, n, row, c, TypedLaw{a.law, a.out_type}, v);
   }
 }
 
@@ -116,12 +116,11 @@ void norm_modulate_fwd(const NormModulateFwd& a, Stream stream) {
       a.width <= kElements * kMaxThreads &&
       vectors_fit(a.width, a.x, a.weight, a.bias, a.shift_table, a.scale_table, a.shift[0],
                   a.shift[1], a.scale[0], a.scale[1]);
+  const dim3 block = row_threads(a.width, kElements, vectors ? kMaxThreads : kAnyThreads);
+  const dim3 grid(blocks_of(a.tokens, block.y));
+  if (!vectors) return launch(norm_modulate_fwd_any, grid, block, 0, stream, a);
   by_type(a.x.type, a.out_type, [&](auto in, auto out) {
-    using Tin = decltype(in);
-    using Tout = decltype(out);
-    const dim3 block = row_threads(a.width, kElements, vectors ? kMaxThreads : 512);
-    launch(vectors ? norm_modulate_fwd_row<Tin, Tout> : norm_modulate_fwd_any<Tin, Tout>,
-           dim3(blocks_of(a.tokens, block.y)), block, 0, stream, a);
+    launch(norm_modulate_fwd_row<decltype(in), decltype(out)>, grid, block, 0, stream, a);
   });
 }
 

@@ -127,15 +127,14 @@ SORA_D void store(T* p, const float (&v)[V]) {
   }
 }
 
-// --- rows whose type is known at run time only: modulations, weights -----------------------------------------
+// --- types that are known at run time only --------------------------------------------------------------------
 
-// V numbers of row `row` of a matrix (row 0 of a vector, whose stride is 0).
+// V numbers at element `at`.
 template <int V>
-SORA_D void load(const Matrix& m, int64_t row, int column, float (&out)[V]) {
-  const int64_t at = row * m.stride + column;
-  if (m.type == DType::f32) load<float, V>(static_cast<const float*>(m.data) + at, out);
-  else if (m.type == DType::bf16) load<bf16, V>(static_cast<const bf16*>(m.data) + at, out);
-  else load<f16, V>(static_cast<const f16*>(m.data) + at, out);
+SORA_D void load(const void* data, DType type, int64_t at, float (&out)[V]) {
+  if (type == DType::f32) load<float, V>(static_cast<const float*>(data) + at, out);
+  else if (type == DType::bf16) load<bf16, V>(static_cast<const bf16*>(data) + at, out);
+  else load<f16, V>(static_cast<const f16*>(data) + at, out);
 }
 
 template <int V>
@@ -143,6 +142,21 @@ SORA_D void store(void* data, DType type, int64_t at, const float (&v)[V]) {
   if (type == DType::f32) store<float, V>(static_cast<float*>(data) + at, v);
   else if (type == DType::bf16) store<bf16, V>(static_cast<bf16*>(data) + at, v);
   else store<f16, V>(static_cast<f16*>(data) + at, v);
+}
+
+// V numbers of row `row` of a matrix (row 0 of a vector, whose stride is 0).
+template <int V>
+SORA_D void load(const Matrix& m, int64_t row, int column, float (&out)[V]) {
+  load<V>(m.data, m.type, row * m.stride + column, out);
+}
+
+// One number of token n.
+SORA_D float load_one(const Tokens& t, int64_t n, int column) {
+  const int64_t batch = quotient(n, t.per_batch);
+  float v[1];
+  load<1>(t.data, t.type,
+          batch * t.batch_stride + (n - batch * t.per_batch) * t.token_stride + column, v);
+  return v[0];
 }
 
 }  // namespace sora::cuda

@@ -1,0 +1,47 @@
+// r = x + gate * y (+ gate2 * y2) and (1 + scale) * (norm(r) * weight + bias) + shift, forward and
+// backward: what the binding and the kernels say to each other.
+#pragma once
+#include "sums.h"
+
+namespace sora::cuda {
+
+constexpr int kMaxBranches = 2;
+
+struct GateResidualNormModulate {
+  int64_t tokens;
+  int width;
+  // Forward: the residual stream. Backward: the same if the branches are given, which are then
+  // added again; else the residual as the forward stored it.
+  Tokens x;
+  Tokens y[kMaxBranches];  // data may be null
+  DType y_type, out_type;
+  Matrix gate[kMaxBranches], shift, scale;                               // [R, D]; data may be null
+  Matrix gate_table[kMaxBranches], shift_table, scale_table, weight, bias;  // [D]: stride 0
+  RowMap rows;
+  float* mean;  // [N], null for RMS
+  float* rstd;  // [N]
+  float eps;
+  int law;
+};
+
+struct GateResidualNormModulateFwd : GateResidualNormModulate {
+  void* residual;  // [N, D] of x's type
+  void* normed;    // [N, D] of out_type
+};
+
+struct GateResidualNormModulateBwd : GateResidualNormModulate {
+  Tokens dresidual;  // of x's type; data may be null
+  Tokens dnormed;    // of out_type
+  void* dx;          // null where a gradient is not wanted, like all below
+  void* dy[kMaxBranches];
+  GroupedSum dgate[kMaxBranches], dshift, dscale, dweight, dbias;
+  float* means;  // [N, 2], memory for rows that no block of threads can hold
+};
+
+// Whether one block of threads takes whole rows in the backward; else it needs `means`.
+bool gate_residual_norm_modulate_bwd_holds_row(const GateResidualNormModulateBwd& a);
+
+void gate_residual_norm_modulate_fwd(const GateResidualNormModulateFwd& a, Stream stream);
+void gate_residual_norm_modulate_bwd(const GateResidualNormModulateBwd& a, Stream stream);
+
+}  // namespace sora::cuda
