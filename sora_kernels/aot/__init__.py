@@ -7,6 +7,7 @@ that each op lists in `aot_cases()` and fails (exit code 1) when a kernel
 - wants more shared memory than a block may have on that chip,
 - is bound by memory bandwidth and has no 16-byte loads or no 16-byte stores,
 - is a matrix kernel without one tensor-core instruction per `tl.dot`, or with wgmma serialised,
+- loads by tensor descriptors without one TMA instruction per load,
 - stores nothing at all (Triton emits a body that is one `trap` when it gives up, and reports
   success).
 

@@ -17,6 +17,7 @@ class AotCase:
     constexprs: value of every compile-time argument.
     memory_bound: the kernel must load and store at least 16 bytes per thread at a time.
     dots: number of `tl.dot` in the kernel; each must become a tensor-core instruction.
+    descriptors: number of loads by tensor descriptors; each must become a TMA instruction.
     divisible: arguments (pointers, strides, sizes) that are multiples of 16 in production.
     fma_ok: the dots may become plain FMA code (fp32 inputs at full precision).
     narrow_store_ok: a memory-bound kernel whose only output is small (one value per row, say).
@@ -30,6 +31,7 @@ class AotCase:
     num_stages: int = 1
     memory_bound: bool = True
     dots: int = 0
+    descriptors: int = 0
     divisible: tuple[str, ...] = ()
     archs: tuple[int, ...] = ARCHS
     enable_fp_fusion: bool = True

@@ -76,6 +76,8 @@ def check(case: AotCase, arch: int, compiled: Compiled) -> dict[str, Any]:
     unit = MATRIX_UNIT[arch]
     if counts["st"] and counts[unit] < case.dots and not case.fma_ok:
         problems.append(f"{counts[unit]} {unit} for {case.dots} dots")
+    if counts["st"] and counts["tma"] < case.descriptors:
+        problems.append(f"{counts['tma']} TMA copies for {case.descriptors} descriptor loads")
     if "wgmma.mma_async instructions are serialized" in compiled.ptxas_log:
         problems.append("wgmma serialised")
     return {

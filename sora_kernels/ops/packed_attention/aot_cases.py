@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -39,7 +40,7 @@ def matrix_case(
 
     ``dots`` counts `tl.dot` per part of the head dim.
     """
-    constexprs = {
+    constexprs: dict[str, object] = {
         "D": head_dim,
         "D1": config.dim1,
         "D2": config.dim2,
@@ -48,18 +49,27 @@ def matrix_case(
         "GROUP": launch.group,
         "UPCAST": False,
     }
+    parts = 2 if config.dim2 else 1
+    rows = launch.block_m if kind == "dkv" else launch.block_n
     signature = {}
     for name in kernel.arg_names:
         if name in constexprs:
             continue
-        if name.endswith("_ptr"):
+        if name.endswith(("_desc", "_edge")):
+            width = config.dim2 if "2" in name else config.dim1
+            if launch.descriptors and width:
+                box = f"{rows // 2 if name.endswith('_edge') else rows}, {width}"
+                signature[name] = f"tensordesc<{dtype}[1, 1, 1, {box}]>"
+            else:
+                constexprs[name] = None
+        elif name.endswith("_ptr"):
             element = "fp32" if name in _FP32 else "i32" if name in _INT32 else dtype
             signature[name] = f"*{element}"
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
-    dots *= 2 if config.dim2 else 1
+    reads = "_tma" if launch.descriptors else ""
     return AotCase(
-        name=f"{kind}_hd{head_dim}_{dtype}_sm{'_'.join(map(str, archs))}",
+        name=f"{kind}_hd{head_dim}_{dtype}{reads}_sm{'_'.join(map(str, archs))}",
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,
@@ -68,7 +78,8 @@ def matrix_case(
         memory_bound=False,
         # Beyond head dim 128 the 64 rows of a wgmma do not fit the registers of a backward on
         # sm_90: it runs on 32 rows, by mma.sync.
-        dots=0 if 90 in archs and launch.block_m < 64 and head_dim > 128 else dots,
+        dots=0 if 90 in archs and launch.block_m < 64 and head_dim > 128 else dots * parts,
+        descriptors=sum(t.startswith("tensordesc") for t in signature.values()),
         divisible=tuple(n for n in signature if n.endswith("_ptr") or n.startswith("stride_")),
         archs=archs,
         fma_ok=dtype == "fp32",
@@ -95,18 +106,21 @@ def delta_case(head_dim: int) -> AotCase:
     )
 
 
-def matrix_cases(
-    kernels: dict[str, Any], dots: dict[str, int], head_dims: Sequence[int], choose: Choose
-) -> list[AotCase]:
-    """Every head dim and direction at the launch each chip gets; chips that agree share a case."""
+def matrix_cases(kernels: dict[str, Any], dots: dict[str, int], choose: Choose) -> list[AotCase]:
+    """Every head dim and direction at the launch each chip gets; chips that agree share a case.
+
+    A launch that reads by descriptors is also compiled for tensors that they cannot describe.
+    """
     cases = []
-    shapes = [(d, torch.bfloat16, "bf16") for d in head_dims]
+    shapes = [(d, torch.bfloat16, "bf16") for d in HEAD_DIMS]
     for head_dim, dtype, name in [*shapes, (64, torch.float32, "fp32")]:
         for kind, kernel in kernels.items():
             launches: dict[Launch, list[int]] = {}
             for arch in ARCHS if dtype is torch.bfloat16 else (80, 90):
                 config = choose(head_dim, dtype, divmod(arch, 10))
-                launches.setdefault(getattr(config, kind), []).append(arch)
+                launch = getattr(config, kind)
+                for one in {launch, replace(launch, descriptors=False)}:
+                    launches.setdefault(one, []).append(arch)
             for launch, archs in launches.items():
                 chips = tuple(archs)
                 cases.append(
@@ -118,5 +132,5 @@ def matrix_cases(
 def aot_cases() -> list[AotCase]:
     """Few on purpose (a compilation takes seconds): causal, grouped heads and cross-attention are
     run-time integers, and fp16 differs from bf16 in one field of an instruction."""
-    matrices = matrix_cases(_KERNELS, _DOTS, HEAD_DIMS, choose_config)
+    matrices = matrix_cases(_KERNELS, _DOTS, choose_config)
     return [delta_case(72), delta_case(128), *matrices]

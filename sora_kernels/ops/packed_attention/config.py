@@ -6,7 +6,9 @@ equal alone bitwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,13 +17,15 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Launch:
     """`block_m` query rows by `block_n` key rows; `group` query (or key) blocks run per head
-    before the next head starts, so that neighbours on the chip share their keys in L2."""
+    before the next head starts, so that neighbours on the chip share their keys in L2.
+    `descriptors`: the loop reads by tensor descriptors where all it reads is `describable`."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     group: int = 16
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,53 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return (low, rest) if rest < low else (single, 0)
 
 
+def describable(address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Whether a tensor descriptor can say where a tensor `[N, H, D]` lies.
+
+    cuTensorMapEncodeTiled (CUDA driver API): the address and the outer strides are multiples of
+    16 bytes, the strides positive and below 2^40 bytes, the innermost one a single element.
+    """
+    outer = [stride * itemsize for stride in strides[:-1]]
+    return (
+        min(shape) > 0
+        and strides[-1] == 1
+        and all(0 < stride < 2**35 for stride in outer)
+        and all(byte % 16 == 0 for byte in (address, *outer))
+    )
+
+
+_forced: bool | None = None
+
+
+@contextmanager
+def forced_descriptors(on: bool) -> Iterator[None]:
+    """For tests and benchmarks: every launch reads by descriptors (or none), whatever its config.
+
+    Process-wide. Tensors that are not `describable` then raise a ValueError.
+    """
+    global _forced
+    before, _forced = _forced, on
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def wants_descriptors(launch: Launch, *tensors: Tensor) -> bool:
+    """Whether a launch reads these tensors by descriptors; by pointers if not."""
+    if not (launch.descriptors if _forced is None else _forced):
+        return False
+    for x in tensors:
+        if not describable(x.data_ptr(), x.shape, x.stride(), x.element_size()):
+            if _forced is None:
+                return False
+            raise ValueError(
+                "forced_descriptors: expected a base and strides that are multiples of 16 bytes, "
+                f"got address {x.data_ptr():#x}, strides {x.stride()} of {x.dtype}"
+            )
+    return True
+
+
 INTERPRETER = Launch(32, 32, 1, 1, group=1)
 
 
@@ -67,7 +118,28 @@ def choose_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
         # 32 keys, because the forward halves the block at the edges and tl.dot needs 16.
         small = Launch(16, 16, 4, 1)
         return Config(Launch(16, 32, 8, 1), small, small, dim1, dim2)
-    major = capability[0]
+    config = _by_pointers(capability[0], dim1, dim2)
+    for kind in ("fwd", "dq", "dkv"):
+        if reads_by_descriptors(kind, capability[0], dim1 + dim2):
+            launch = replace(getattr(config, kind), descriptors=True)
+            config = replace(config, **{kind: launch})
+    return config
+
+
+def reads_by_descriptors(kind: str, major: int, wide: int) -> bool:
+    """Where the TMA unit exists, and the cross-compiler finds no spills with it.
+
+    Descriptors free the registers that held addresses. But operands that `mma.sync` reads from
+    their layout in shared memory cost the backward on sm_120 more than that, and on sm_100 ptxas
+    holds two of its kernels to 128 registers.
+    """
+    if major == 12:
+        return kind == "fwd"
+    return major >= 9 and (major, kind, wide) not in ((10, "dkv", 128), (10, "dq", 256))
+
+
+def _by_pointers(major: int, dim1: int, dim2: int) -> Config:
+    """The launches for fp16 and bf16, without descriptors."""
     wide = dim1 + dim2
     if wide > 128:
         fwd, small = Launch(64, 32, 8, 1), Launch(32, 32, 8, 1)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import config_for
+from .descriptors import describe, load_ragged
 from .work import work_list
 
 if TYPE_CHECKING:
@@ -55,6 +56,33 @@ def _load_tile(
 
 
 @triton.jit
+def _load_block(
+    source, row, left, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """`[BLOCK, FIRST : FIRST + WIDTH]` from row `row` of a source on; zero beyond its end or D.
+
+    A source is (pointer to its row 0, row stride, its tensor's descriptor of the first columns,
+    and of the others, head, number of row 0 in the pack). Without descriptors it is read by
+    pointers. If MASKED, `left` rows are left and no other is read: what a neighbour in the pack
+    holds, NaN included, never gets into a product.
+    """
+    pointer, stride, desc1, desc2, head, origin = source
+    if desc1 is None:
+        far = tl.full((), 0, tl.int64) + row
+        return _load_tile(
+            pointer + far * stride, tl.arange(0, BLOCK), left, stride, FIRST, WIDTH, D, MASKED
+        )
+    else:
+        if FIRST == 0:
+            desc = desc1
+        else:
+            desc = desc2
+        block = load_ragged(desc, origin + row, left, [head, 0, FIRST], 1)
+        return tl.reshape(block, [BLOCK, WIDTH])
+
+
+@triton.jit
 def _store_tile(
     base, value, rows, row_end, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
 ):
@@ -83,20 +111,21 @@ def _locate(work_ptr, num_work, heads, GROUP: tl.constexpr):
 
 @triton.jit
 def _attend_block(
-    q1, q2, acc1, acc2, m_i, l_i, k_block, v_block, stride_kn, stride_vn, start, end, rows,
-    limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
+    q1, q2, acc1, acc2, m_i, l_i, k, v, row, start, end, rows, limit, scale_log2,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: the block of key rows from `start`, short of `end` if MASKED.
+    """One step of the online softmax: the keys from `row` of the sources k and v on.
 
+    They are the keys from `start` on, short of `end` if MASKED.
     If CAUSAL, key j is seen by row i iff j <= i + limit; else every row sees some key.
     """
     o_n = tl.arange(0, BLOCK_N)
     left = end - start
-    k1 = _load_tile(k_block, o_n, left, stride_kn, 0, D1, D, MASKED)
+    k1 = _load_block(k, row, left, 0, D1, D, BLOCK_N, MASKED)
     scores = _dot(q1, tl.trans(k1), UPCAST)
     if D2 > 0:
-        k2 = _load_tile(k_block, o_n, left, stride_kn, D1, D2, D, MASKED)
+        k2 = _load_block(k, row, left, D1, D2, D, BLOCK_N, MASKED)
         scores += _dot(q2, tl.trans(k2), UPCAST)
     if CAUSAL:
         columns = start + o_n
@@ -115,27 +144,25 @@ def _attend_block(
     l_i = l_i * alpha + tl.sum(p, 1)
     if not UPCAST:
         p = p.to(q1.dtype)
-    v1 = _load_tile(v_block, o_n, left, stride_vn, 0, D1, D, MASKED)
+    v1 = _load_block(v, row, left, 0, D1, D, BLOCK_N, MASKED)
     acc1 = acc1 * alpha[:, None] + _dot(p, v1, UPCAST)
     if D2 > 0:
-        v2 = _load_tile(v_block, o_n, left, stride_vn, D1, D2, D, MASKED)
+        v2 = _load_block(v, row, left, D1, D2, D, BLOCK_N, MASKED)
         acc2 = acc2 * alpha[:, None] + _dot(p, v2, UPCAST)
     return acc1, acc2, m_new, l_i
 
 
 @triton.jit
 def _attend(
-    q1, q2, acc1, acc2, m_i, l_i, k_base, v_base, stride_kn, stride_vn, rows, begin, end, len_k,
-    limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    q1, q2, acc1, acc2, m_i, l_i, k, v, rows, begin, end, len_k, limit, scale_log2,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the key rows [begin, end); key j is seen by row i iff j <= i + limit."""
     for start in range(begin, end, BLOCK_N):
-        far = tl.full((), 0, tl.int64) + start
         acc1, acc2, m_i, l_i = _attend_block(
-            q1, q2, acc1, acc2, m_i, l_i, k_base + far * stride_kn, v_base + far * stride_vn,
-            stride_kn, stride_vn, start, len_k, rows, limit, scale_log2, D, D1, D2,
-            BLOCK_N, MASKED, MASKED, UPCAST,
+            q1, q2, acc1, acc2, m_i, l_i, k, v, start, start, len_k, rows, limit, scale_log2,
+            D, D1, D2, BLOCK_N, MASKED, MASKED, UPCAST,
         )  # fmt: skip
     return acc1, acc2, m_i, l_i
 
@@ -143,6 +170,7 @@ def _attend(
 @triton.jit(do_not_specialize=["num_tokens", "num_work", "group_size", "causal"])
 def _packed_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, work_ptr, cu_q_ptr, cu_k_ptr,
+    k1_desc, k2_desc, v1_desc, v2_desc, k1_edge, k2_edge, v1_edge, v2_edge,
     num_tokens, num_work, heads, group_size,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, causal,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
@@ -160,7 +188,7 @@ def _packed_attention_fwd_kernel(
     if start_m >= len_q:
         return
     first = (begin_q + start_m).to(tl.int64)  # of this block in the pack
-    head_k = (head // group_size).to(tl.int64)
+    head_k = head // group_size
     o_m = tl.arange(0, BLOCK_M)
     left_q = len_q - start_m
 
@@ -175,8 +203,8 @@ def _packed_attention_fwd_kernel(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
 
-    k_base = k_ptr + begin_k.to(tl.int64) * stride_kn + head_k * stride_kh
-    v_base = v_ptr + begin_k.to(tl.int64) * stride_vn + head_k * stride_vh
+    k_base = k_ptr + begin_k.to(tl.int64) * stride_kn + head_k.to(tl.int64) * stride_kh
+    v_base = v_ptr + begin_k.to(tl.int64) * stride_vn + head_k.to(tl.int64) * stride_vh
     limit = tl.where(causal != 0, len_k - len_q, len_k)
     end = tl.maximum(tl.minimum(len_k, start_m + BLOCK_M + limit), 0)
     # Blocks that every row sees entirely need no mask. The others come first and in halves: their
@@ -185,12 +213,14 @@ def _packed_attention_fwd_kernel(
     rows = start_m + o_m
     scale_log2 = scale * LOG2E
     acc1, acc2, m_i, l_i = _attend(
-        q1, q2, acc1, acc2, m_i, l_i, k_base, v_base, stride_kn, stride_vn, rows, full, end, len_k,
-        limit, scale_log2, D, D1, D2, BLOCK_N // 2, True, UPCAST,
+        q1, q2, acc1, acc2, m_i, l_i, (k_base, stride_kn, k1_edge, k2_edge, head_k, begin_k),
+        (v_base, stride_vn, v1_edge, v2_edge, head_k, begin_k), rows, full, end, len_k, limit,
+        scale_log2, D, D1, D2, BLOCK_N // 2, True, UPCAST,
     )  # fmt: skip
     acc1, acc2, m_i, l_i = _attend(
-        q1, q2, acc1, acc2, m_i, l_i, k_base, v_base, stride_kn, stride_vn, rows, 0, full, len_k,
-        limit, scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
+        q1, q2, acc1, acc2, m_i, l_i, (k_base, stride_kn, k1_desc, k2_desc, head_k, begin_k),
+        (v_base, stride_vn, v1_desc, v2_desc, head_k, begin_k), rows, 0, full, len_k, limit,
+        scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
     )  # fmt: skip
 
     blind = l_i == 0.0
@@ -229,6 +259,8 @@ def forward(
         return out, lse
     _packed_attention_fwd_kernel[grid(work.shape[0], heads, launch.group)](
         q, k, v, out, lse, work, cu_q, cu_k,
+        *describe(launch, config, launch.block_n, k, v),
+        *describe(launch, config, launch.block_n // 2, k, v),
         num_tokens, work.shape[0], heads, heads // k.shape[1],
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         scale, int(causal),

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import config_for
-from .kernels import LOG2E, _dot, _load_tile, _locate, _store_tile, grid, upcast
+from .descriptors import describe
+from .kernels import LOG2E, _dot, _load_block, _load_tile, _locate, _store_tile, grid, upcast
 from .work import work_list
 
 DELTA_BLOCK = 32
@@ -50,20 +51,20 @@ def _load_lse(lse_base, o_m, left):
 
 @triton.jit
 def _add_dq(
-    q1, q2, do1, do2, dq1, dq2, lse, delta, k_block, v_block, stride_kn, stride_vn, start, end,
-    rows, limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+    q1, q2, do1, do2, dq1, dq2, lse, delta, k, v, row, start, end, rows, limit, scale_log2,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds ds @ k of a block of key rows to dq; the arguments are those of `_attend_block`."""
     o_n = tl.arange(0, BLOCK_N)
     left = end - start
-    k1 = _load_tile(k_block, o_n, left, stride_kn, 0, D1, D, MASKED)
-    v1 = _load_tile(v_block, o_n, left, stride_vn, 0, D1, D, MASKED)
+    k1 = _load_block(k, row, left, 0, D1, D, BLOCK_N, MASKED)
+    v1 = _load_block(v, row, left, 0, D1, D, BLOCK_N, MASKED)
     scores = _dot(q1, tl.trans(k1), UPCAST)
     dp = _dot(do1, tl.trans(v1), UPCAST)
     if D2 > 0:
-        k2 = _load_tile(k_block, o_n, left, stride_kn, D1, D2, D, MASKED)
-        v2 = _load_tile(v_block, o_n, left, stride_vn, D1, D2, D, MASKED)
+        k2 = _load_block(k, row, left, D1, D2, D, BLOCK_N, MASKED)
+        v2 = _load_block(v, row, left, D1, D2, D, BLOCK_N, MASKED)
         scores += _dot(q2, tl.trans(k2), UPCAST)
         dp += _dot(do2, tl.trans(v2), UPCAST)
     p = tl.exp2(scores * scale_log2 - lse[:, None])
@@ -85,16 +86,14 @@ def _add_dq(
 
 @triton.jit
 def _gather_dq(
-    q1, q2, do1, do2, dq1, dq2, lse, delta, k_base, v_base, stride_kn, stride_vn, rows, begin, end,
-    len_k, limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    q1, q2, do1, do2, dq1, dq2, lse, delta, k, v, rows, begin, end, len_k, limit, scale_log2,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds ds @ k of the key rows [begin, end) to dq."""
     for start in range(begin, end, BLOCK_N):
-        far = tl.full((), 0, tl.int64) + start
         dq1, dq2 = _add_dq(
-            q1, q2, do1, do2, dq1, dq2, lse, delta, k_base + far * stride_kn,
-            v_base + far * stride_vn, stride_kn, stride_vn, start, len_k, rows, limit,
+            q1, q2, do1, do2, dq1, dq2, lse, delta, k, v, start, start, len_k, rows, limit,
             scale_log2, D, D1, D2, BLOCK_N, MASKED, MASKED, UPCAST,
         )  # fmt: skip
     return dq1, dq2
@@ -103,8 +102,9 @@ def _gather_dq(
 @triton.jit(do_not_specialize=["num_tokens", "num_work", "group_size", "causal"])
 def _packed_attention_bwd_kernel_dq(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, work_ptr, cu_q_ptr, cu_k_ptr,
-    num_tokens, num_work, heads, group_size, stride_qn, stride_qh, stride_kn, stride_kh,
-    stride_vn, stride_vh, stride_on, stride_oh, scale, causal,
+    k1_desc, k2_desc, v1_desc, v2_desc, num_tokens, num_work, heads, group_size,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh,
+    scale, causal,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _packed_attention_bwd_kernel_dq(
         return
     first = (begin_q + start_m).to(tl.int64)
     head_q = head.to(tl.int64)
-    head_k = (head // group_size).to(tl.int64)
+    head_k = head // group_size
     o_m = tl.arange(0, BLOCK_M)
     left_q = len_q - start_m
 
@@ -138,20 +138,22 @@ def _packed_attention_bwd_kernel_dq(
     lse = _load_lse(lse_ptr + head_q * num_tokens + first, o_m, left_q)
     delta = tl.load(delta_ptr + head_q * num_tokens + first + o_m, mask=o_m < left_q, other=0.0)
 
-    k_base = k_ptr + begin_k.to(tl.int64) * stride_kn + head_k * stride_kh
-    v_base = v_ptr + begin_k.to(tl.int64) * stride_vn + head_k * stride_vh
+    k_base = k_ptr + begin_k.to(tl.int64) * stride_kn + head_k.to(tl.int64) * stride_kh
+    v_base = v_ptr + begin_k.to(tl.int64) * stride_vn + head_k.to(tl.int64) * stride_vh
     limit = tl.where(causal != 0, len_k - len_q, len_k)
     end = tl.maximum(tl.minimum(len_k, start_m + BLOCK_M + limit), 0)
     full = tl.maximum(tl.minimum(len_k, start_m + limit + 1), 0) // BLOCK_N * BLOCK_N
     rows = start_m + o_m
     scale_log2 = scale * LOG2E
+    k = (k_base, stride_kn, k1_desc, k2_desc, head_k, begin_k)
+    v = (v_base, stride_vn, v1_desc, v2_desc, head_k, begin_k)
     dq1, dq2 = _gather_dq(
-        q1, q2, do1, do2, dq1, dq2, lse, delta, k_base, v_base, stride_kn, stride_vn, rows, 0,
-        full, len_k, limit, scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
+        q1, q2, do1, do2, dq1, dq2, lse, delta, k, v, rows, 0, full, len_k, limit,
+        scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
     )  # fmt: skip
     dq1, dq2 = _gather_dq(
-        q1, q2, do1, do2, dq1, dq2, lse, delta, k_base, v_base, stride_kn, stride_vn, rows, full,
-        end, len_k, limit, scale_log2, D, D1, D2, BLOCK_N, True, UPCAST,
+        q1, q2, do1, do2, dq1, dq2, lse, delta, k, v, rows, full, end, len_k, limit,
+        scale_log2, D, D1, D2, BLOCK_N, True, UPCAST,
     )  # fmt: skip
     dq_base = dq_ptr + (first * heads + head) * D
     _store_tile(dq_base, dq1 * scale, o_m, left_q, heads * D, 0, D1, D)
@@ -161,24 +163,24 @@ def _packed_attention_bwd_kernel_dq(
 
 @triton.jit
 def _add_dkv(
-    k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_block, do_block, lse_block, delta_block, stride_qn,
-    stride_on, columns, start, end, limit, scale_log2, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    UPCAST: tl.constexpr,
+    k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, do, lse_base, delta_base, columns, row, start, end,
+    limit, scale_log2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds p^T @ dout to dv and ds^T @ q to dk for the block of query rows from `start`.
+    """Adds p^T @ dout to dv and ds^T @ q to dk for the queries from `row` of the sources on.
 
-    Rows stop short of `end` if MASKED. If CAUSAL, key j is seen by row i iff j <= i + limit.
+    They are the queries from `start` on, short of `end` if MASKED. If CAUSAL, key j is seen by
+    row i iff j <= i + limit.
     """
     o_m = tl.arange(0, BLOCK_M)
     left = end - start
-    q1 = _load_tile(q_block, o_m, left, stride_qn, 0, D1, D, MASKED)
-    do1 = _load_tile(do_block, o_m, left, stride_on, 0, D1, D, MASKED)
-    lse = _load_lse(lse_block, o_m, left)
+    q1 = _load_block(q, row, left, 0, D1, D, BLOCK_M, MASKED)
+    do1 = _load_block(do, row, left, 0, D1, D, BLOCK_M, MASKED)
+    lse = _load_lse(lse_base + row, o_m, left)
     scores = _dot(k1, tl.trans(q1), UPCAST)  # [BLOCK_N, BLOCK_M]
     if D2 > 0:
-        q2 = _load_tile(q_block, o_m, left, stride_qn, D1, D2, D, MASKED)
-        do2 = _load_tile(do_block, o_m, left, stride_on, D1, D2, D, MASKED)
+        q2 = _load_block(q, row, left, D1, D2, D, BLOCK_M, MASKED)
+        do2 = _load_block(do, row, left, D1, D2, D, BLOCK_M, MASKED)
         scores += _dot(k2, tl.trans(q2), UPCAST)
     p = tl.exp2(scores * scale_log2 - lse[None, :])
     if CAUSAL:
@@ -188,7 +190,7 @@ def _add_dkv(
     else:
         p_low = p.to(q1.dtype)
     dv1 += _dot(p_low, do1, UPCAST)
-    delta = tl.load(delta_block + o_m, mask=o_m < left, other=0.0)
+    delta = tl.load(delta_base + row + o_m, mask=o_m < left, other=0.0)
     dp = _dot(v1, tl.trans(do1), UPCAST)
     if D2 > 0:
         dv2 += _dot(p_low, do2, UPCAST)
@@ -204,8 +206,8 @@ def _add_dkv(
 
 @triton.jit
 def _gather_dkv(
-    k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base, do_base, lse_base, delta_base, stride_qn,
-    stride_on, columns, blocks_low, begin_low, blocks, begin, len_q, limit, scale_log2,
+    k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, do, lse_base, delta_base, columns, blocks_low,
+    begin_low, blocks, begin, len_q, limit, scale_log2,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -217,10 +219,8 @@ def _gather_dkv(
         start = tl.where(
             i < blocks_low, begin_low + i * BLOCK_M, begin + (i - blocks_low) * BLOCK_M
         )
-        far = start.to(tl.int64)
         dk1, dk2, dv1, dv2 = _add_dkv(
-            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base + far * stride_qn, do_base + far * stride_on,
-            lse_base + start, delta_base + start, stride_qn, stride_on, columns,
+            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, do, lse_base, delta_base, columns, start,
             start, len_q, limit, scale_log2, D, D1, D2, BLOCK_M, MASKED, MASKED, UPCAST,
         )  # fmt: skip
     return dk1, dk2, dv1, dv2
@@ -229,8 +229,9 @@ def _gather_dkv(
 @triton.jit(do_not_specialize=["num_tokens", "num_work", "group_size", "causal"])
 def _packed_attention_bwd_kernel_dkv(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, work_ptr, cu_q_ptr,
-    cu_k_ptr, num_tokens, num_work, heads, group_size, stride_qn, stride_qh, stride_kn,
-    stride_kh, stride_vn, stride_vh, stride_on, stride_oh, scale, causal,
+    cu_k_ptr, q1_desc, q2_desc, do1_desc, do2_desc, num_tokens, num_work, heads, group_size,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh,
+    scale, causal,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -279,14 +280,16 @@ def _packed_attention_bwd_kernel_dkv(
     do_base = dout_ptr + begin_q.to(tl.int64) * stride_on + head_q * stride_oh
     lse_base = lse_ptr + head_q * num_tokens + begin_q
     delta_base = delta_ptr + head_q * num_tokens + begin_q
+    q = (q_base, stride_qn, q1_desc, q2_desc, head, begin_q)
+    do = (do_base, stride_on, do1_desc, do2_desc, head, begin_q)
     dk1, dk2, dv1, dv2 = _gather_dkv(
-        k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base, do_base, lse_base, delta_base, stride_qn,
-        stride_on, columns, 0, 0, (whole - diagonal) // BLOCK_M, diagonal, len_q, limit,
+        k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, do, lse_base, delta_base, columns, 0, 0,
+        (whole - diagonal) // BLOCK_M, diagonal, len_q, limit,
         scale_log2, D, D1, D2, BLOCK_M, False, UPCAST,
     )  # fmt: skip
     dk1, dk2, dv1, dv2 = _gather_dkv(
-        k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base, do_base, lse_base, delta_base, stride_qn,
-        stride_on, columns, blocks_low, low, blocks_masked, whole, len_q, limit,
+        k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, do, lse_base, delta_base, columns, blocks_low,
+         low, blocks_masked, whole, len_q, limit,
         scale_log2, D, D1, D2, BLOCK_M, True, UPCAST,
     )  # fmt: skip
     dk_base = dk_ptr + (first * heads + head) * D
@@ -334,6 +337,7 @@ def backward(
             work_dkv = work_list(cu_k, k.shape[0], launch.block_n, cu_q.diff())
         _packed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_q, cu_k,
+            *describe(launch, config, launch.block_m, q, dout),
             num_tokens, work_dkv.shape[0], heads, group, *strides, scale, int(causal),
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
@@ -344,6 +348,7 @@ def backward(
             work_dq = work_list(cu_q, num_tokens, launch.block_m, cu_k.diff())
         _packed_attention_bwd_kernel_dq[grid(work_dq.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dq, work_dq, cu_q, cu_k,
+            *describe(launch, config, launch.block_n, k, v),
             num_tokens, work_dq.shape[0], heads, group, *strides, scale, int(causal),
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,

@@ -8,7 +8,6 @@ from .config import choose_config
 from .kernels import _windowed_attention_fwd_kernel
 from .kernels_bwd import _windowed_attention_bwd_kernel_dkv, _windowed_attention_bwd_kernel_dq
 
-HEAD_DIMS = (64, 72, 96, 128)
 _KERNELS = {
     "fwd": _windowed_attention_fwd_kernel,
     "dq": _windowed_attention_bwd_kernel_dq,
@@ -19,4 +18,4 @@ _DOTS = {"fwd": 2, "dq": 3, "dkv": 4}  # tl.dot of each kernel per part of the h
 
 def aot_cases() -> list[AotCase]:
     """The window, its edges, causality and sink are run-time integers, so these are all."""
-    return matrix_cases(_KERNELS, _DOTS, HEAD_DIMS, choose_config)
+    return matrix_cases(_KERNELS, _DOTS, choose_config)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..packed_attention.descriptors import describe
 from ..packed_attention.kernels import (
     LN2,
     LOG2E,
@@ -59,7 +60,7 @@ def _locate(work_ptr, num_work, heads, GROUP: tl.constexpr):
 @triton.jit(do_not_specialize=RUN_TIME)
 def _windowed_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, work_ptr, cu_ptr, table_ptr,
-    num_tokens, num_work, heads, group_size,
+    k1_desc, k2_desc, v1_desc, v2_desc, num_tokens, num_work, heads, group_size,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale,
     back_t, back_h, back_w, ahead_t, ahead_h, ahead_w, clamp, causal, sink,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
@@ -76,7 +77,7 @@ def _windowed_attention_fwd_kernel(
         clamp, causal, sink, BLOCK_N, False,
     )  # fmt: skip
     first = (origin + start_m).to(tl.int64)  # of this block in the pack
-    head_k = (head // group_size).to(tl.int64)
+    head_k = head // group_size
     o_m = tl.arange(0, BLOCK_M)
     left_q = end_m - start_m
 
@@ -91,16 +92,15 @@ def _windowed_attention_fwd_kernel(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
 
-    k_base = k_ptr + origin.to(tl.int64) * stride_kn + head_k * stride_kh
-    v_base = v_ptr + origin.to(tl.int64) * stride_vn + head_k * stride_vh
+    k_base = k_ptr + origin.to(tl.int64) * stride_kn + head_k.to(tl.int64) * stride_kh
+    v_base = v_ptr + origin.to(tl.int64) * stride_vn + head_k.to(tl.int64) * stride_vh
     scale_log2 = scale * LOG2E
     for x in range(blocks):
         row, left = block_at(x, where, BLOCK_N)
-        far = row.to(tl.int64)
         acc1, acc2, m_i, l_i = _attend_block(
-            q1, q2, acc1, acc2, m_i, l_i, k_base + far * stride_kn, v_base + far * stride_vn,
-            stride_kn, stride_vn, 0, left, 0, 0, scale_log2, D, D1, D2, BLOCK_N, True, False,
-            UPCAST,
+            q1, q2, acc1, acc2, m_i, l_i, (k_base, stride_kn, k1_desc, k2_desc, head_k, origin),
+            (v_base, stride_vn, v1_desc, v2_desc, head_k, origin), row, 0, left, 0, 0,
+            scale_log2, D, D1, D2, BLOCK_N, True, False, UPCAST,
         )  # fmt: skip
 
     # Every query sees a key (itself), so l_i > 0.
@@ -145,6 +145,7 @@ def forward(
     work = listed("work", work)
     _windowed_attention_fwd_kernel[grid(work.shape[0], heads, launch.group)](
         q, k, v, out, lse, work, cu_seqlens, table,
+        *describe(launch, config, launch.block_n, k, v),
         num_tokens, work.shape[0], heads, heads // k.shape[1],
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         scale, *window,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..packed_attention.descriptors import describe
 from ..packed_attention.kernels import LOG2E, _load_tile, _store_tile, grid, upcast
 from ..packed_attention.kernels_bwd import (
     DELTA_BLOCK,
@@ -29,8 +30,8 @@ from .kernels import RUN_TIME, _locate, listed
 @triton.jit(do_not_specialize=RUN_TIME)
 def _windowed_attention_bwd_kernel_dq(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, work_ptr, cu_ptr, table_ptr,
-    num_tokens, num_work, heads, group_size, stride_qn, stride_qh, stride_kn, stride_kh,
-    stride_vn, stride_vh, stride_on, stride_oh, scale,
+    k1_desc, k2_desc, v1_desc, v2_desc, num_tokens, num_work, heads, group_size,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh, scale,
     back_t, back_h, back_w, ahead_t, ahead_h, ahead_w, clamp, causal, sink,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
@@ -47,7 +48,7 @@ def _windowed_attention_bwd_kernel_dq(
     )  # fmt: skip
     first = (origin + start_m).to(tl.int64)
     head_q = head.to(tl.int64)
-    head_k = (head // group_size).to(tl.int64)
+    head_k = head // group_size
     o_m = tl.arange(0, BLOCK_M)
     left_q = end_m - start_m
 
@@ -64,16 +65,16 @@ def _windowed_attention_bwd_kernel_dq(
     lse = _load_lse(lse_ptr + head_q * num_tokens + first, o_m, left_q)
     delta = tl.load(delta_ptr + head_q * num_tokens + first + o_m, mask=o_m < left_q, other=0.0)
 
-    k_base = k_ptr + origin.to(tl.int64) * stride_kn + head_k * stride_kh
-    v_base = v_ptr + origin.to(tl.int64) * stride_vn + head_k * stride_vh
+    k_base = k_ptr + origin.to(tl.int64) * stride_kn + head_k.to(tl.int64) * stride_kh
+    v_base = v_ptr + origin.to(tl.int64) * stride_vn + head_k.to(tl.int64) * stride_vh
     scale_log2 = scale * LOG2E
     for x in range(blocks):
         row, left = block_at(x, where, BLOCK_N)
-        far = row.to(tl.int64)
         dq1, dq2 = _add_dq(
-            q1, q2, do1, do2, dq1, dq2, lse, delta, k_base + far * stride_kn,
-            v_base + far * stride_vn, stride_kn, stride_vn, 0, left, 0, 0, scale_log2, D, D1,
-            D2, BLOCK_N, True, False, UPCAST,
+            q1, q2, do1, do2, dq1, dq2, lse, delta,
+            (k_base, stride_kn, k1_desc, k2_desc, head_k, origin),
+            (v_base, stride_vn, v1_desc, v2_desc, head_k, origin), row, 0, left, 0, 0,
+            scale_log2, D, D1, D2, BLOCK_N, True, False, UPCAST,
         )  # fmt: skip
     dq_base = dq_ptr + (first * heads + head) * D
     _store_tile(dq_base, dq1 * scale, o_m, left_q, heads * D, 0, D1, D)
@@ -84,8 +85,8 @@ def _windowed_attention_bwd_kernel_dq(
 @triton.jit(do_not_specialize=RUN_TIME)
 def _windowed_attention_bwd_kernel_dkv(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, work_ptr, cu_ptr,
-    table_ptr, num_tokens, num_work, heads, group_size, stride_qn, stride_qh, stride_kn,
-    stride_kh, stride_vn, stride_vh, stride_on, stride_oh, scale,
+    table_ptr, q1_desc, q2_desc, do1_desc, do2_desc, num_tokens, num_work, heads, group_size,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh, scale,
     back_t, back_h, back_w, ahead_t, ahead_h, ahead_w, clamp, causal, sink,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
@@ -126,11 +127,11 @@ def _windowed_attention_bwd_kernel_dkv(
     scale_log2 = scale * LOG2E
     for x in range(blocks):
         row, left = block_at(x, where, BLOCK_M)
-        far = row.to(tl.int64)
         dk1, dk2, dv1, dv2 = _add_dkv(
-            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_base + far * stride_qn, do_base + far * stride_on,
-            lse_base + row, delta_base + row, stride_qn, stride_on, 0, 0, left, 0,
-            scale_log2, D, D1, D2, BLOCK_M, True, False, UPCAST,
+            k1, k2, v1, v2, dk1, dk2, dv1, dv2,
+            (q_base, stride_qn, q1_desc, q2_desc, head, origin),
+            (do_base, stride_on, do1_desc, do2_desc, head, origin), lse_base, delta_base, 0, row,
+            0, left, 0, scale_log2, D, D1, D2, BLOCK_M, True, False, UPCAST,
         )  # fmt: skip
     dk_base = dk_ptr + (first * heads + head) * D
     dv_base = dv_ptr + (first * heads + head) * D
@@ -185,6 +186,7 @@ def backward(
         work_dkv = listed("work_dkv", work_dkv)
         _windowed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_seqlens, table,
+            *describe(launch, config, launch.block_m, q, dout),
             num_tokens, work_dkv.shape[0], heads, group, *strides, scale, *window,
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
@@ -194,6 +196,7 @@ def backward(
         work_dq = listed("work_dq", work_dq)
         _windowed_attention_bwd_kernel_dq[grid(work_dq.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dq, work_dq, cu_seqlens, table,
+            *describe(launch, config, launch.block_n, k, v),
             num_tokens, work_dq.shape[0], heads, group, *strides, scale, *window,
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
