@@ -56,18 +56,24 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return (low, rest) if rest < low else (single, 0)
 
 
-def describable(address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
-    """Whether a tensor descriptor can say where a tensor `[N, H, D]` lies.
+FAR = 2**30
+"""More rows than a pack may have that is read by descriptors."""
 
-    cuTensorMapEncodeTiled (CUDA driver API): the address and the outer strides are multiples of
-    16 bytes, the strides positive and below 2^40 bytes, the innermost one a single element.
+
+def describable(address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Whether the descriptors of `descriptors.py` can say where a tensor `[N, H, D]` lies.
+
+    cuTensorMapEncodeTiled (CUDA driver API) wants an address and outer strides that are multiples
+    of 16 bytes, and one element as the innermost stride.
     """
-    outer = [stride * itemsize for stride in strides[:-1]]
+    row, head = strides[0] * itemsize, strides[1] * itemsize
     return (
-        min(shape) > 0
-        and strides[-1] == 1
-        and all(0 < stride < 2**35 for stride in outer)
-        and all(byte % 16 == 0 for byte in (address, *outer))
+        (address | row | head) % 16 == 0
+        and strides[2] == 1
+        and min(shape) > 0
+        and shape[0] < FAR
+        and 0 < row < 2**34
+        and 0 < head < 2**34
     )
 
 

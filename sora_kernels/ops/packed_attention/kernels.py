@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import config_for
-from .descriptors import describe, load_ragged
+from .config import FAR, config_for
+from .descriptors import describe
 from .work import work_list
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+_FAR = tl.constexpr(FAR)
 
 
 @triton.jit
@@ -78,8 +79,8 @@ def _load_block(
             desc = desc1
         else:
             desc = desc2
-        block = load_ragged(desc, origin + row, left, [head, 0, FIRST], 1)
-        return tl.reshape(block, [BLOCK, WIDTH])
+        end = origin + row + left
+        return tl.reshape(desc.load([_FAR, end, head, _FAR - left, FIRST]), [BLOCK, WIDTH])
 
 
 @triton.jit
@@ -259,8 +260,7 @@ def forward(
         return out, lse
     _packed_attention_fwd_kernel[grid(work.shape[0], heads, launch.group)](
         q, k, v, out, lse, work, cu_q, cu_k,
-        *describe(launch, config, launch.block_n, k, v),
-        *describe(launch, config, launch.block_n // 2, k, v),
+        *describe(launch, config, (launch.block_n, launch.block_n // 2), k, v),
         num_tokens, work.shape[0], heads, heads // k.shape[1],
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         scale, int(causal),

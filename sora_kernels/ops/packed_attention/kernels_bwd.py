@@ -337,7 +337,7 @@ def backward(
             work_dkv = work_list(cu_k, k.shape[0], launch.block_n, cu_q.diff())
         _packed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_q, cu_k,
-            *describe(launch, config, launch.block_m, q, dout),
+            *describe(launch, config, (launch.block_m,), q, dout),
             num_tokens, work_dkv.shape[0], heads, group, *strides, scale, int(causal),
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
@@ -348,7 +348,7 @@ def backward(
             work_dq = work_list(cu_q, num_tokens, launch.block_m, cu_k.diff())
         _packed_attention_bwd_kernel_dq[grid(work_dq.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dq, work_dq, cu_q, cu_k,
-            *describe(launch, config, launch.block_n, k, v),
+            *describe(launch, config, (launch.block_n,), k, v),
             num_tokens, work_dq.shape[0], heads, group, *strides, scale, int(causal),
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,

@@ -145,7 +145,7 @@ def forward(
     work = listed("work", work)
     _windowed_attention_fwd_kernel[grid(work.shape[0], heads, launch.group)](
         q, k, v, out, lse, work, cu_seqlens, table,
-        *describe(launch, config, launch.block_n, k, v),
+        *describe(launch, config, (launch.block_n,), k, v),
         num_tokens, work.shape[0], heads, heads // k.shape[1],
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         scale, *window,

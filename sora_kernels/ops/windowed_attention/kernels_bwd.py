@@ -186,7 +186,7 @@ def backward(
         work_dkv = listed("work_dkv", work_dkv)
         _windowed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_seqlens, table,
-            *describe(launch, config, launch.block_m, q, dout),
+            *describe(launch, config, (launch.block_m,), q, dout),
             num_tokens, work_dkv.shape[0], heads, group, *strides, scale, *window,
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
@@ -196,7 +196,7 @@ def backward(
         work_dq = listed("work_dq", work_dq)
         _windowed_attention_bwd_kernel_dq[grid(work_dq.shape[0], heads, launch.group)](
             q, k, v, dout, lse, delta, dq, work_dq, cu_seqlens, table,
-            *describe(launch, config, launch.block_n, k, v),
+            *describe(launch, config, (launch.block_n,), k, v),
             num_tokens, work_dq.shape[0], heads, group, *strides, scale, *window,
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
