@@ -1,10 +1,14 @@
-"""A prompt becomes a video: `python -m model.generate "a red circle moving left" -o out.mp4`."""
+"""A prompt becomes a video: `python -m model.generate "a red circle moving left" -o out.mp4`.
+
+Every mode is an option; `docs/modes.md` shows each of them as a list of parts.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,9 +20,17 @@ from model.condition import GivenClip
 from model.modes import Job
 from model.sample import DEFAULT, Sampling
 from model.stack import CHECKPOINT, Size, Stack, load_stack
-from model.video import contact_sheet, read_image, write_image, write_video
+from model.video import contact_sheet, read_image, read_video, write_image, write_video
 
-FPS = 8
+FPS = 8.0
+DEFAULTS = {"frames": 9, "direction": "forward", "times": 1, "strength": 0.6, "factor": 4}
+LOOP_FRAMES = 16
+CONTEXTS = (modes.CONTEXT, 5)  # known frames next to new ones: the most that the clip has
+MODES = ("image", "extend", "connect", "fill", "super_resolve", "edit", "loop")
+BELONGS = {"direction": "extend", "times": "extend", "strength": "edit", "factor": "super_resolve",
+           "frames_mask": "fill"}  # fmt: skip
+
+Progress = Callable[[int], None]
 
 
 def generate(
@@ -29,7 +41,7 @@ def generate(
     seed: int = 0,
     sampling: Sampling = DEFAULT,
     starts: Sequence[Tensor | None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Tensor]:
     """Clips [3, T, H, W] in [-1, 1], one per prompt, all sampled in one pack.
 
@@ -44,6 +56,160 @@ def generate(
     return modes.run(stack, jobs, sampling, progress)
 
 
+# --- from options to jobs ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for: how to make it, in how many walks, and its frames a second."""
+
+    make: Callable[[Stack, Sampling, Progress], Tensor]
+    walks: int = 1
+    fps: float = FPS
+
+
+def one_pack(
+    jobs: Sequence[Job],
+    paste: bool,
+    fps: float = FPS,
+    finish: Callable[[list[Tensor]], Tensor] = lambda clips: clips[0],
+) -> Plan:
+    """All jobs in one walk; `finish` makes one video of their clips."""
+
+    def make(stack: Stack, sampling: Sampling, progress: Progress) -> Tensor:
+        clips = modes.run(stack, jobs, sampling, progress)
+        if paste:
+            clips = [modes.paste(job, clip) for job, clip in zip(jobs, clips, strict=True)]
+        return finish(clips)
+
+    return Plan(make, 1, fps)
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """The plan of a command line whose options are consistent. Raises ValueError for clips and
+    numbers that do not fit."""
+    mode = next((name for name in MODES if getattr(args, name)), "text")
+    return PLANS[mode](args)
+
+
+def of_text(args: argparse.Namespace) -> Plan:
+    size = size_of(args, None)
+    return one_pack([modes.text_to_video(args.prompt, size, args.seed)], args.paste)
+
+
+def of_loop(args: argparse.Namespace) -> Plan:
+    size = size_of(args, None)
+    return one_pack([modes.loop(args.prompt, size, args.seed)], args.paste)
+
+
+def of_image(args: argparse.Namespace) -> Plan:
+    image = read_image(args.image)
+    job = modes.image_to_video(args.prompt, size_of(args, image), image, args.seed)
+    return one_pack([job], args.paste)
+
+
+def of_edit(args: argparse.Namespace) -> Plan:
+    clip, fps = read_video(args.edit)
+    size_of(args, clip)
+    job = modes.edit(args.prompt, clip, args.strength, args.seed)
+    return one_pack([job], args.paste, fps)
+
+
+def of_fill(args: argparse.Namespace) -> Plan:
+    clip, fps = read_video(args.fill)
+    size_of(args, clip)
+    if args.frames_mask is None:
+        raise ValueError("--frames-mask: expected START:STOP, the frames that --fill makes anew")
+    start, stop = args.frames_mask
+    if not 0 <= start < stop <= clip.shape[1] or stop - start == clip.shape[1]:
+        raise ValueError(
+            f"--frames-mask: expected a part of the clip's {clip.shape[1]} frames, "
+            f"got {start}:{stop}"
+        )
+    job, first = modes.fill_gap(args.prompt, clip, start, stop, args.seed)
+
+    def put_back(clips: list[Tensor]) -> Tensor:
+        last = first + job.size.frames
+        return torch.cat([clip[:, :first], clips[0], clip[:, last:]], 1)
+
+    return one_pack([job], args.paste, fps, put_back)
+
+
+def of_super_resolve(args: argparse.Namespace) -> Plan:
+    clip, fps = read_video(args.super_resolve)
+    size_of(args, clip)
+    if clip.shape[1] < 2:
+        raise ValueError("--super-resolve: expected a clip of at least 2 frames, got 1")
+    jobs = modes.in_windows(args.prompt, clip, args.factor, args.seed)
+    return one_pack(jobs, args.paste, fps * args.factor, modes.joined)
+
+
+def of_connect(args: argparse.Namespace) -> Plan:
+    (before, fps), (after, _) = (read_video(path) for path in args.connect)
+    size = size_of(args, before)
+    if after.shape[2:] != before.shape[2:]:
+        raise ValueError(
+            f"--connect: expected clips of one size, got {pixels(before)} and {pixels(after)}"
+        )
+    context = min(context_of(clip, "--connect") for clip in (before, after))
+    job = modes.connect(args.prompt, size, before, after, context, args.seed)
+    return one_pack(
+        [job], args.paste, fps, lambda clips: torch.cat([before, clips[0], after], 1)
+    )  # fmt: skip
+
+
+def of_extend(args: argparse.Namespace) -> Plan:
+    clip, fps = read_video(args.extend)
+    size, context = size_of(args, clip), context_of(clip, "--extend")
+
+    def make(stack: Stack, sampling: Sampling, progress: Progress) -> Tensor:
+        new = list(
+            modes.chain(
+                stack, args.prompt, size, args.times, clip, direction=args.direction,
+                context=context, seed=args.seed, sampling=sampling, progress=progress,
+            )
+        )  # fmt: skip
+        if args.direction == "backward":
+            return torch.cat([*reversed(new), clip], 1)
+        return torch.cat([clip, *new], 1)
+
+    return Plan(make, args.times, fps)
+
+
+PLANS: dict[str, Callable[[argparse.Namespace], Plan]] = {
+    "text": of_text, "image": of_image, "extend": of_extend, "connect": of_connect, "fill": of_fill,
+    "super_resolve": of_super_resolve, "edit": of_edit, "loop": of_loop,
+}  # fmt: skip
+
+
+def pixels(clip: Tensor) -> str:
+    """WIDTHxHEIGHT of a clip."""
+    return f"{clip.shape[3]}x{clip.shape[2]}"
+
+
+def size_of(args: argparse.Namespace, clip: Tensor | None) -> Size:
+    """Of the clip to make: that of the clip that is read, if there is one."""
+    width, height = args.size or (32, 32)
+    if clip is not None:
+        if args.size is not None and pixels(clip) != f"{width}x{height}":
+            raise ValueError(f"--size: follows the input, {pixels(clip)}, got {width}x{height}")
+        height, width = clip.shape[2:]
+    return Size(width, height, args.frames)
+
+
+def context_of(clip: Tensor, option: str) -> int:
+    """How many known frames of the clip are shown."""
+    for context in CONTEXTS:
+        if clip.shape[1] >= context:
+            return context
+    raise ValueError(
+        f"{option}: expected a clip of at least {CONTEXTS[-1]} frames, got {clip.shape[1]}"
+    )
+
+
+# --- command -------------------------------------------------------------------------------------
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """WxH."""
     width, cross, height = text.lower().partition("x")
@@ -52,59 +218,89 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_range(text: str) -> tuple[int, int]:
+    """START:STOP."""
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected START:STOP, such as 4:12, got {text!r}")
+    return int(start), int(stop)
+
+
+def make_parser() -> Parser:
     parser = Parser(prog="python -m model.generate", description="Make a video from a prompt.")
     parser.add_argument("prompt", help='such as "a red circle moving left"')
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help="a .mp4, or a .png for images"
     )
-    parser.add_argument("--size", type=parse_size, help="WIDTHxHEIGHT, multiples of 8 (32x32)")
-    parser.add_argument("--frames", type=positive, default=9, help="1 + 4k; 1 is an image (9)")
+    parser.add_argument("--size", type=parse_size, help="WIDTHxHEIGHT (32x32, or the input's)")
+    parser.add_argument("--frames", type=positive, help="to make (9; loop: 16); 1 is an image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=positive, default=Sampling.steps, help="Euler steps")
     parser.add_argument("--guidance", type=float, default=Sampling.guidance, help="1 = none")
-    parser.add_argument("--image", type=Path, help="first frame; the size follows it")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--image", type=Path, help="picture: the first frame")
+    mode.add_argument("--extend", type=Path, help="clip to go on from, see --direction, --times")
+    mode.add_argument("--connect", type=Path, nargs=2, metavar=("A", "B"), help="clips to join")
+    mode.add_argument("--fill", type=Path, help="clip of which --frames-mask is made anew")
+    mode.add_argument("--super-resolve", type=Path, help="clip to get --factor times the frames")
+    mode.add_argument("--edit", type=Path, help="clip to change, by as much as --strength")
+    mode.add_argument("--loop", action="store_true", help="the last frame is followed by the first")
+    parser.add_argument("--direction", choices=("forward", "backward"), help="forward")
+    parser.add_argument("--times", type=positive, help="how often to extend (1)")
+    parser.add_argument(
+        "--frames-mask", type=parse_range, metavar="START:STOP", help="4:12 = 4..11"
+    )
+    parser.add_argument("--factor", type=positive, help="new frames per known frame (4)")
+    parser.add_argument("--strength", type=float, help="in (0, 1]; 1 forgets the clip (0.6)")
+    parser.add_argument("--no-paste", dest="paste", action="store_false",
+                        help="show known frames as they were made, too")  # fmt: skip
     parser.add_argument("--frames-png", type=Path, help="also write all frames side by side")
     parser.add_argument("--zoom", type=positive, default=1, help="pixels per pixel in the output")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args(argv)
-    if args.out.suffix.lower() not in (".mp4", ".png"):
+    return parser
+
+
+def check(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with defaults filled in. Raises ValueError for options that contradict."""
+    suffix = args.out.suffix.lower()
+    if suffix not in (".mp4", ".png"):
         raise ValueError(f"--out: expected a name that ends in .mp4 or .png, got {args.out}")
-    if args.out.suffix.lower() == ".png" and args.frames != 1:
-        raise ValueError(f"--out: a .png holds one frame, got --frames {args.frames}")
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance: expected a finite number, got {args.guidance}")
-    image = None
+    for name, mode in BELONGS.items():
+        if getattr(args, name) is not None and not getattr(args, mode):
+            option, wanted = (f"--{text.replace('_', '-')}" for text in (name, mode))
+            raise ValueError(f"{option}: expected only with {wanted}")
+    if args.frames is not None and (args.fill or args.super_resolve or args.edit):
+        raise ValueError(f"--frames: follows the clip in this mode, got {args.frames}")
+    if suffix == ".png" and args.frames != 1:
+        raise ValueError(f"--out: a .png holds one frame, got --frames {args.frames or 'default'}")
     if args.image is not None and args.frames == 1:
-        raise ValueError("--image: expected --frames 5 or more to continue it, got 1")
-    if args.image is not None:
-        image = read_image(args.image)
-        inside = tuple(image.shape[:1:-1])
-        if args.size not in (None, inside):
-            raise ValueError(f"--size: expected the size of --image, {inside}, got {args.size}")
-        args.size = inside
-    width, height = args.size or (32, 32)
-    size = Size(width, height, args.frames)
+        raise ValueError("--image: expected --frames 2 or more to continue it, got 1")
+    if args.loop and args.frames is None:
+        args.frames = LOOP_FRAMES
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = check(make_parser().parse_args(argv))
+    wanted = plan(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     stack = load_stack(args.checkpoint, device)
     stack.words.encode(args.prompt, stack.dit.config.max_words)
     with progress_bar(args.quiet) as bar:
-        task = bar.add_task("sampling", total=args.steps)
-        (clip,) = generate(
-            stack,
-            [args.prompt],
-            [size],
-            seed=args.seed,
-            sampling=Sampling(args.steps, args.guidance),
-            starts=[image],
-            progress=lambda done: bar.update(task, completed=done),
-        )
+        task = bar.add_task("sampling", total=args.steps * wanted.walks)
+        sampling = Sampling(args.steps, args.guidance)
+        clip = wanted.make(stack, sampling, lambda _: bar.advance(task))
     if args.out.suffix.lower() == ".png":
         write_image(args.out, clip, args.zoom)
     else:
-        write_video(args.out, clip, FPS, args.zoom)
+        write_video(args.out, clip, wanted.fps, args.zoom)
     if args.frames_png is not None:
         contact_sheet(args.frames_png, [clip], scale=6)
     print(args.out)

@@ -25,7 +25,9 @@ from model.sample import DEFAULT, Request, Sampling, sample
 from model.stack import Size, Stack
 from model.vae import TIME_STRIDE
 
-CONTEXT = 9
+CONTEXT = 9  # known frames next to what is made
+NEIGHBOURS = 3  # known frames on either side of a gap
+WINDOW = 17  # the longest clip that the small model was trained on
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,7 @@ class Job:
         given: known frames and clips, of the clip's height and width and 1 + 4k frames each.
         source: a clip [3, T, H, W] of `size` to start from, or None.
         strength: how far the source is noised, in (0, 1].
-        loop: the clip's last frame is followed by its first; `size.frames` is then 4k + 1, of which
-            4k are made, because the last one is the first one again.
+        loop: the clip's last frame is followed by its first; its frames are a multiple of 4.
         seed: of its noise; the clip does not depend on what shares the pack with it.
     """
 
@@ -65,8 +66,13 @@ class Job:
             raise ValueError(f"strength: expected a number in (0, 1], got {self.strength}")
         if self.loop and (self.given or self.source is not None):
             raise ValueError("loop: expected nothing given and no source")
-        if self.loop and (self.size.frames < 5 or self.size.frames % TIME_STRIDE != 1):
-            raise ValueError(f"loop: expected 5, 9, 13, ... frames, got {self.size.frames}")
+        if self.loop and self.size.frames % TIME_STRIDE:
+            raise ValueError(f"loop: expected 4, 8, 12, ... frames, got {self.size.frames}")
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """(T, H, W) of the clip's latent; that of a loop holds its first frame at both ends."""
+        return (replace(self.size, frames=self.size.frames + 1) if self.loop else self.size).latent
 
 
 def text_to_video(prompt: str, size: Size, seed: int = 0) -> Job:
@@ -146,6 +152,39 @@ def super_resolve(prompt: str, clip: Tensor, factor: int, seed: int = 0) -> Job:
     return fill(prompt, size, {factor * k: clip[:, k : k + 1] for k in range(clip.shape[1])}, seed)
 
 
+def in_windows(prompt: str, clip: Tensor, factor: int, seed: int = 0) -> list[Job]:
+    """`super_resolve` of a clip of any length: jobs of about WINDOW frames, each of which starts
+    with the known frame that the one before ends with. See `joined`."""
+    stride = max(1, (WINDOW - 1) // factor)
+    last = clip.shape[1] - 1
+    starts = range(0, max(last, 1), stride)
+    return [
+        super_resolve(prompt, clip[:, start : start + stride + 1], factor, seed + number)
+        for number, start in enumerate(starts)
+    ]
+
+
+def joined(clips: Sequence[Tensor]) -> Tensor:
+    """Clips of which each starts with the last frame of the one before, as one."""
+    return torch.cat([*(clip[:, :-1] for clip in clips[:-1]), clips[-1]], 1)
+
+
+def fill_gap(prompt: str, clip: Tensor, start: int, stop: int, seed: int = 0) -> tuple[Job, int]:
+    """A job that makes frames `start` to `stop - 1` of `clip` anew, and where its clip begins.
+
+    It sees NEIGHBOURS known frames on each side, and makes these anew, too; `paste` undoes that.
+    """
+    frames = clip.shape[1]
+    if not 0 <= start < stop <= frames or stop - start == frames:
+        raise ValueError(
+            f"start, stop: expected a part of the clip's frames 0 to {frames}, got {start}, {stop}"
+        )
+    first, last = max(0, start - NEIGHBOURS), min(frames, stop + NEIGHBOURS)
+    known = [k for k in range(first, last) if not start <= k < stop]
+    size = replace(Size.of(clip), frames=last - first)
+    return fill(prompt, size, {k - first: clip[:, k : k + 1] for k in known}, seed), first
+
+
 def edit(prompt: str, clip: Tensor, strength: float, seed: int = 0) -> Job:
     """`clip` [3, T, H, W] as the prompt says: noised to time `strength`, and walked back (SDEdit).
 
@@ -155,7 +194,7 @@ def edit(prompt: str, clip: Tensor, strength: float, seed: int = 0) -> Job:
 
 
 def loop(prompt: str, size: Size, seed: int = 0) -> Job:
-    """A clip without an end; `size.frames` is 4k + 1, and 4k frames are made."""
+    """A clip whose last frame is followed by its first one; its frames are a multiple of 4."""
     return Job(prompt, size, loop=True, seed=seed)
 
 
@@ -180,7 +219,7 @@ def run(
     requests = [
         Request(
             numbers,
-            job.size.latent,
+            job.latent,
             job.seed,
             tuple(Given(next(latents), part.time, part.step) for part in job.given),
             None if job.source is None else next(sources),
@@ -204,7 +243,7 @@ def around(latent: Tensor) -> Tensor:
 def cropped(clip: Tensor, job: Job) -> Tensor:
     """What was made without its padding; of a loop, the second time around."""
     frames, height, width = job.size.frames, job.size.height, job.size.width
-    clip = clip[:, -frames:-1] if job.loop else clip[:, :frames]
+    clip = clip[:, -frames - 1 : -1] if job.loop else clip[:, :frames]
     return clip[:, :, :height, :width]
 
 
@@ -225,20 +264,26 @@ def chain(
     size: Size,
     count: int,
     clip: Tensor | None = None,
+    *,
+    direction: str = "forward",
     context: int = CONTEXT,
     seed: int = 0,
     sampling: Sampling = DEFAULT,
+    progress: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:
-    """`count` clips [3, size.frames, H, W], each continuing the one before; the first one continues
-    `clip`, or is made from words.
+    """`count` clips [3, size.frames, H, W], each of which extends the one before; the first one
+    extends `clip`, or is made from words. Clip i has the noise of `seed + i`.
 
-    Only the last `context` frames are kept, so memory does not grow with the length.
+    Only `context` frames are kept, so memory does not grow with the length.
     """
     for number in range(count):
         if clip is None:
             job = text_to_video(prompt, size, seed)
         else:
-            job = extend(prompt, size, clip, "forward", context, seed + number)
-        (made,) = run(stack, [job], sampling)
+            job = extend(prompt, size, clip, direction, context, seed + number)
+        (made,) = run(stack, [job], sampling, progress)
         yield made
-        clip = (made if clip is None else torch.cat([clip, made], 1))[:, -context:].clone()
+        if direction == "forward":
+            clip = (made if clip is None else torch.cat([clip, made], 1))[:, -context:].clone()
+        else:
+            clip = (made if clip is None else torch.cat([made, clip], 1))[:, :context].clone()

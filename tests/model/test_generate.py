@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from model.dit import DiT
 from model.sample import Sampling
 from model.text import UnknownWords, Vocabulary
 from model.vae import VideoVAE, save_vae
-from model.video import read_video, write_image
+from model.video import read_video, write_image, write_video
 from model.world import VOCABULARY
 
 WORDS = Vocabulary(VOCABULARY)
@@ -59,6 +60,80 @@ def test_one_frame_is_an_image(folder: Path, tmp_path: Path) -> None:
     assert Image.open(out).size == (24, 16)
 
 
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs: clips of 9, 3 and 1 frames, one of another size, a picture, a sound, no bytes."""
+    path = tmp_path_factory.mktemp("media")
+    generator = torch.Generator().manual_seed(0)
+    clip = torch.rand(3, 9, 16, 24, generator=generator) * 2 - 1
+    write_video(path / "nine.mp4", clip, fps=6)
+    write_video(path / "three.mp4", clip[:, :3], fps=6)
+    write_video(path / "one.mp4", clip[:, :1], fps=6)
+    write_video(path / "other.mp4", clip[:, :, :, :16], fps=6)
+    write_image(path / "first.png", clip)
+    with av.open(str(path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    (path / "empty.mp4").write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "fps"),
+    [
+        (["--image", "first.png"], (9, 16, 24), 8),
+        (["--image", "first.png", "--frames", "6"], (6, 16, 24), 8),
+        (["--size", "30x18", "--frames", "4"], (4, 18, 30), 8),
+        (["--loop", "--size", "24x16"], (16, 16, 24), 8),
+        (["--loop", "--frames", "8"], (8, 32, 32), 8),
+        (["--extend", "nine.mp4"], (18, 16, 24), 6),
+        (["--extend", "nine.mp4", "--direction", "backward", "--frames", "5", "--times", "3"],
+         (24, 16, 24), 6),
+        (["--connect", "nine.mp4", "nine.mp4", "--frames", "7"], (25, 16, 24), 6),
+        (["--fill", "nine.mp4", "--frames-mask", "4:7"], (9, 16, 24), 6),
+        (["--super-resolve", "nine.mp4", "--factor", "2"], (17, 16, 24), 12),
+        (["--edit", "three.mp4", "--strength", "0.3"], (3, 16, 24), 6),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_every_mode_has_its_command(
+    folder: Path, media: Path, tmp_path: Path, options: list[str], shape: tuple, fps: float
+) -> None:
+    out = tmp_path / "a.mp4"
+    with_paths = [str(media / text) if "." in text and text[-1].isalnum() and
+                  (media / text).exists() else text for text in options]  # fmt: skip
+    generate.main(command(folder, out, *with_paths))
+    video, rate = read_video(out)
+    assert video.shape == (3, *shape) and rate == pytest.approx(fps)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_known_frames_are_kept(folder: Path, media: Path, tmp_path: Path) -> None:
+    """Up to the loss of writing the clip again."""
+    known, _ = read_video(media / "nine.mp4")
+    again, _ = read_video(write_video(tmp_path / "again.mp4", known, 6))
+    loss = (again - known).abs().mean()
+
+    def made(*options: str) -> torch.Tensor:
+        generate.main(command(folder, tmp_path / "a.mp4", *options))
+        return read_video(tmp_path / "a.mp4")[0]
+
+    clip = str(media / "nine.mp4")
+    for part, same in (
+        (made("--extend", clip)[:, :9], known),
+        (made("--extend", clip, "--direction", "backward")[:, 9:], known),
+        (made("--connect", clip, clip)[:, 18:], known),
+        (made("--fill", clip, "--frames-mask", "3:5")[:, 5:], known[:, 5:]),
+        (made("--super-resolve", clip, "--factor", "2")[:, ::2], known),
+    ):
+        assert (part - same).abs().mean() < 1.5 * loss
+    unpasted = made("--super-resolve", clip, "--factor", "2", "--no-paste")[:, ::2]
+    assert (unpasted - known).abs().mean() > 2 * loss
+
+
 def test_the_seed_decides(folder: Path) -> None:
     stack = generate.load_stack(folder)
     few, size = Sampling(steps=2), generate.Size(32, 32, 5)
@@ -81,12 +156,38 @@ def test_the_seed_decides(folder: Path) -> None:
         (["--out", "a.png"], ValueError, "one frame"),
         (["--guidance", "nan"], ValueError, "finite"),
         (["--image", "missing.png"], ValueError, "no such file"),
+        (["--image", "{m}/nine.mp4"], ValueError, "not a readable picture"),
+        (["--image", "{m}/first.png", "--size", "32x32"], ValueError, "input, 24x16, got 32x32"),
+        (["--image", "{m}/first.png", "--frames", "1"], ValueError, "2 or more"),
+        (["--extend", "{m}/three.mp4"], ValueError, "at least 5 frames, got 3"),
+        (["--extend", "{m}/sound.mp4"], ValueError, "no video stream"),
+        (["--extend", "{m}/empty.mp4"], ValueError, "not a readable video"),
+        (["--connect", "{m}/nine.mp4", "{m}/three.mp4"], ValueError, "at least 5 frames, got 3"),
+        (["--connect", "{m}/nine.mp4", "{m}/other.mp4"], ValueError, "24x16 and 16x16"),
+        (["--fill", "{m}/nine.mp4"], ValueError, "--frames-mask: expected START:STOP"),
+        (["--fill", "{m}/nine.mp4", "--frames-mask", "4:12"], ValueError, "9 frames, got 4:12"),
+        (["--fill", "{m}/nine.mp4", "--frames-mask", "0:9"], ValueError, "part of the clip"),
+        (["--super-resolve", "{m}/one.mp4"], ValueError, "at least 2 frames, got 1"),
+        (["--super-resolve", "{m}/nine.mp4", "--factor", "1"], ValueError, "factor: expected"),
+        (["--edit", "{m}/nine.mp4", "--strength", "0"], ValueError, "strength: expected"),
+        (["--edit", "{m}/nine.mp4", "--strength", "1.5"], ValueError, "strength: .*got 1.5"),
+        (["--edit", "{m}/nine.mp4", "--frames", "5"], ValueError, "--frames: follows the clip"),
+        (["--strength", "0.5"], ValueError, "--strength: expected only with --edit"),
+        (["--frames-mask", "1:2"], ValueError, "--frames-mask: expected only with --fill"),
+        (["--loop", "--frames", "9"], ValueError, "4, 8, 12, ... frames, got 9"),
+        (["--frames", "99999"], ValueError, "frames: expected 1 to"),
     ],
 )
 def test_wrong_arguments_are_named(
-    folder: Path, tmp_path: Path, change: list[str], error: type[Exception], message: str
+    folder: Path,
+    media: Path,
+    tmp_path: Path,
+    change: list[str],
+    error: type[Exception],
+    message: str,
 ) -> None:
     arguments = command(folder, tmp_path / "a.mp4")
+    change = [text.format(m=media) for text in change]
     if not change[0].startswith("-"):
         arguments[0] = change[0]
         change = []
@@ -95,7 +196,13 @@ def test_wrong_arguments_are_named(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("change", [["--size", "huge"], ["--frames", "0"], ["--steps", "x"]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--size", "huge"], ["--frames", "0"], ["--steps", "x"], ["--loop", "--image", "a.png"],
+        ["--extend", "a.mp4", "--direction", "up"], ["--fill", "a.mp4", "--frames-mask", "4"],
+    ],
+)  # fmt: skip
 def test_parser_errors_are_one_line(
     folder: Path, tmp_path: Path, change: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
