@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ... import backend
 from .._attention import fake_bwd, fake_fwd, gradients
-from ..windowed_attention import prepare_window, windowed_attention
+from ..windowed_attention import flash_attn_4, prepare_window, windowed_attention
 from .checks import check_cu_seqlens, check_qkv, check_scale, check_windowed, host_lengths
-from .config import config_for
-from .libraries import Arguments, run_by_library
+from .config import chip_of, config_for
+from .libraries import OWN, Arguments, run_by_library, windowed_library
 from .reference import packed_attention_reference
 from .work import work_list
 
@@ -69,7 +69,8 @@ def packed_attention(
         window: tiles (t, h, w) that a query sees, its own in the middle: odd numbers, or None for a
             whole axis; or a :class:`~sora_kernels.packing.Window`, which also has truncated
             borders, block-causal time and a sink. Self-attention only. Inside ``torch.compile``
-            on a GPU, :func:`prepare_window` must have seen the layout.
+            on a GPU, :func:`prepare_window` must have seen the layout. On Hopper and Blackwell
+            also ``library="flash_attn_4"``, by its block sparsity.
         return_lse: also return the natural-log LSE, differentiable, for :func:`merge`.
         library: what runs a call on a GPU: a name in ``libraries.LIBRARIES`` (cuDNN and flash
             attention through PyTorch, flash-attn 2 to 4), ``"own"`` for our kernel. Default: what
@@ -87,10 +88,22 @@ def packed_attention(
     """
     check_qkv(q, k, v)
     scale = check_scale(softmax_scale, q.shape[2])
+    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if window is not None:
         tiles = check_windowed(q, k, layout, window, cu_seqlens, cu_seqlens_k, causal)
         assert layout is not None  # checked
-        result = windowed_attention(q, k, v, layout, tiles, scale)
+        name = OWN
+        if q.is_cuda or library is not None:
+            name = windowed_library(
+                q, k, layout.max_seqlen, library, training=wants_grad, return_lse=return_lse,
+                deterministic=deterministic,
+            )  # fmt: skip
+        if name == OWN:
+            result = windowed_attention(q, k, v, layout, tiles, scale)
+        else:
+            chip = chip_of(q)
+            assert chip is not None  # no library runs elsewhere
+            result = flash_attn_4.run(q, k, v, layout, tiles, scale, chip, deterministic)
         return result if return_lse else result[0]
     if (layout is None) == (cu_seqlens is None):
         got = "neither" if layout is None else "both"
@@ -119,7 +132,6 @@ def packed_attention(
             )
         max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
 
-    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if q.is_cuda or library is not None:
         call = Arguments(
             q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, scale, causal, return_lse,

@@ -7,9 +7,9 @@ under ``configs/``, written from measurements, with rules such as ::
     {"min_seqlen": 4096, "head_dim": 128, "training": false, "prefer": ["flash_attn_4"]}
 
 The first rule that a call meets names the libraries to try; a chip without a file, and a call
-without a rule, runs our kernel. Whether a library can run a call is a predicate with a reason,
-asked before the call: nothing is tried and caught. Windows, gradients of the LSE and head dims
-beyond a library's are our kernel's own.
+without a rule, runs our kernel. Rules for calls under a window say ``"windowed": true``. Whether a
+library can run a call is a predicate with a reason, asked before the call: nothing is tried and
+caught. Of the libraries only flash-attn 4 has windows of tiles, by its block sparsity.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import backend
+from ..windowed_attention import flash_attn_4
 from .config import chip_of
 
 OWN = "own"
@@ -59,6 +60,7 @@ class Call:
     return_lse: bool
     deterministic: bool
     compiling: bool
+    windowed: bool = False
 
 
 class Arguments(NamedTuple):
@@ -77,9 +79,19 @@ class Arguments(NamedTuple):
     deterministic: bool
 
 
+def _no_windows(call: Call) -> str | None:
+    return "it has no windows of tiles"
+
+
 class Library(NamedTuple):
-    why_not: Callable[[Call], str | None]
+    """Why it cannot run a dense call, what runs one, and why it cannot run one under a window."""
+
+    dense: Callable[[Call], str | None]
     run: Callable[[Arguments], Any]
+    windowed: Callable[[Call], str | None] = _no_windows
+
+    def why_not(self, call: Call) -> str | None:
+        return self.windowed(call) if call.windowed else self.dense(call)
 
 
 def _installed(module: str) -> bool:
@@ -180,6 +192,16 @@ def _why_not_flash(module: str, least: tuple[int, int], widest: int, call: Call)
     return None
 
 
+def _why_not_flash_4_windowed(call: Call) -> str | None:
+    """Its block sparsity is called by raw ops: no graph breaks, and the LSE has a gradient."""
+    dense = replace(call, return_lse=False, compiling=False)
+    reason = _why_not_flash("flash_attn.cute", (9, 0), 128, dense)
+    if reason is not None:
+        return reason
+    assert call.chip is not None  # it has one
+    return flash_attn_4.why_not(call.chip, call.training and call.deterministic)
+
+
 def _flash(module: str, a: Arguments) -> Any:
     function = importlib.import_module(module).flash_attn_varlen_func
     known = inspect.signature(function).parameters
@@ -209,7 +231,9 @@ LIBRARIES: dict[str, Library] = {
     "torch_varlen": Library(_why_not_varlen, _varlen),
     "flash_attn_2": _flash_library("flash_attn.flash_attn_interface", (8, 0), 256),
     "flash_attn_3": _flash_library("flash_attn_interface", (9, 0), 256),
-    "flash_attn_4": _flash_library("flash_attn.cute", (9, 0), 128),
+    "flash_attn_4": _flash_library("flash_attn.cute", (9, 0), 128)._replace(
+        windowed=_why_not_flash_4_windowed
+    ),
 }
 
 # --- choice -------------------------------------------------------------------------------------
@@ -238,6 +262,8 @@ def choose(call: Call, rules: Rules) -> tuple[str, dict[str, str]]:
     for rule in rules:
         if call.max_seqlen < rule.get("min_seqlen", 0):
             continue
+        if call.windowed != rule.get("windowed", False):
+            continue
         if any(
             name in rule and rule[name] != getattr(call, name)
             for name in ("head_dim", "training", "causal", "equal")
@@ -260,39 +286,60 @@ def run_by_library(a: Arguments, library: str | None, training: bool) -> tuple[b
     Raises:
         ValueError: an unknown library, or one that cannot run this call, with the reason.
     """
+    segments = a.cu_q.shape[0] - 1
+    # Equal causal segments of unequal sides would be aligned top-left.
+    equal = (
+        a.max_q * segments == a.q.shape[0]
+        and a.max_k * segments == a.k.shape[0]
+        and (not a.causal or a.max_q == a.max_k)
+    )
+    name = _settle(
+        _OP, a.q, a.k, library, max_seqlen=max(a.max_q, a.max_k), equal=equal, causal=a.causal,
+        training=training, return_lse=a.return_lse, deterministic=a.deterministic,
+    )  # fmt: skip
+    return (False, None) if name == OWN else (True, LIBRARIES[name].run(a))
+
+
+def windowed_library(
+    q: Tensor, k: Tensor, max_seqlen: int, library: str | None, *, training: bool,
+    return_lse: bool, deterministic: bool,
+) -> str:  # fmt: skip
+    """What runs a call under a window: a library, or our kernel. Raises as `run_by_library`."""
+    return _settle(
+        "windowed_attention", q, k, library, max_seqlen=max_seqlen, equal=False, causal=False,
+        training=training, return_lse=return_lse, deterministic=deterministic, windowed=True,
+    )  # fmt: skip
+
+
+def may_run_windows(library: str, asked: str | None, chip: tuple[int, int] | None) -> bool:
+    """Whether some call under a window runs by ``library``, asked for or by the measurements."""
+    if asked is not None or chip is None:
+        return asked == library
+    return any(rule.get("windowed") and library in rule["prefer"] for rule in rules_of(chip))
+
+
+def _settle(op: str, q: Tensor, k: Tensor, library: str | None, **facts: Any) -> str:
+    """The name of what runs a call, recorded for `explain` where the measurements decide."""
     if library == OWN or (library is None and backend.forced() is not None):
-        return False, None
+        return OWN
     if library is not None and library not in LIBRARIES:
         raise ValueError(f"library: expected one of {[OWN, *LIBRARIES]} or None, got {library!r}")
-    chip = chip_of(a.q)
+    chip = chip_of(q)
     rules = () if chip is None else rules_of(chip)
     if library is None and not rules:
-        return False, None
-    segments = a.cu_q.shape[0] - 1
+        return OWN
     call = Call(
-        chip=chip,
-        dtype=a.q.dtype,
-        head_dim=a.q.shape[2],
-        heads=a.q.shape[1],
-        heads_k=a.k.shape[1],
-        max_seqlen=max(a.max_q, a.max_k),
-        # Equal causal segments of unequal sides would be aligned top-left.
-        equal=a.max_q * segments == a.q.shape[0]
-        and a.max_k * segments == a.k.shape[0]
-        and (not a.causal or a.max_q == a.max_k),
-        causal=a.causal,
-        training=training,
-        return_lse=a.return_lse,
-        deterministic=a.deterministic,
-        compiling=torch.compiler.is_compiling(),
-    )
+        chip=chip, dtype=q.dtype, head_dim=q.shape[2], heads=q.shape[1], heads_k=k.shape[1],
+        compiling=torch.compiler.is_compiling(), **facts,
+    )  # fmt: skip
     if library is not None:
         reason = LIBRARIES[library].why_not(call)
         if reason is not None:
             raise ValueError(f"library: {library} cannot run this call: {reason}")
-        return True, LIBRARIES[library].run(a)
-    name, refused = choose(call, rules)
+        name, refused = library, {}
+    else:
+        name, refused = choose(call, rules)
     if not call.compiling:
         reasons = "; ".join(f"{other}: {reason}" for other, reason in refused.items())
-        backend.record(_OP, a.q.device.type, name, reasons)
-    return (False, None) if name == OWN else (True, LIBRARIES[name].run(a))
+        backend.record(op, q.device.type, name, reasons)
+    return name

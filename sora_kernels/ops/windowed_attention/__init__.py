@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import backend
 from .._attention import fake_bwd, fake_fwd, gradients
+from . import flash_attn_4
 from .reference import windowed_attention_reference
 
 if TYPE_CHECKING:
@@ -51,22 +52,29 @@ def windowed_attention(
     return out, lse
 
 
-def prepare_window(layout: PackedLayout, window: Any, q: Tensor) -> None:
-    """Builds the work lists that `packed_attention(..., window=window)` reads from ``layout``.
+def prepare_window(
+    layout: PackedLayout, window: Any, q: Tensor, library: str | None = None
+) -> None:
+    """Builds the lists that `packed_attention(..., window=window)` reads from ``layout``.
 
     A call outside `torch.compile` builds what is missing by itself. A compiled region cannot:
     prepare each new layout before it enters one. On the CPU there is nothing to build.
 
     Args:
-        window: as given to `packed_attention`.
+        window, library: as given to `packed_attention`.
         q: any tensor with the device, dtype and head dim of the queries, ``[..., D]``.
 
     Raises:
         ValueError: the layout is in raster order or a segment has two grids to be made.
     """
     from ...packing.windows import Window
+    from ..packed_attention.config import chip_of
+    from ..packed_attention.libraries import may_run_windows
 
     layout.window_table()
+    chip = chip_of(q)
+    if chip is not None and may_run_windows("flash_attn_4", library, chip):
+        flash_attn_4.tensors_for(layout, Window.of(window), chip)
     if backend.choose(_OP, q) == "triton":
         _works(q.reshape(-1, 1, q.shape[-1]), layout, Window.of(window), True)
 
