@@ -1,135 +1,69 @@
-"""Scores a checkpoint with the oracle: `python -m model.evaluate --checkpoint DIR --json F`.
+"""Scores a checkpoint with the judge: `python -m model.evaluate --checkpoint DIR --json F`.
 
-Every suite draws scenes of the world, takes their captions as prompts, generates clips, and lets
-the oracle read them. The same oracle reads the true clips and their round trip through the VAE:
-those are the ceilings. Rates come with 95% Wilson intervals.
+Every row of ``model.suites`` is generated, read by the frozen oracle and set beside its ceilings
+and floors (``model.scoring``). One more row chains extensions to a minute. The scenes of a row are
+fixed by (suites version, seed); the file holds their hash.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from model.checkpoint import write_json
+from model import chained
+from model.checkpoint import read_json, write_json
 from model.cli import Parser, positive, progress_bar, run
-from model.generate import CHECKPOINT, Size, Stack, generate, load_stack
-from model.oracle import judge, read
+from model.judge import frozen
+from model.modes import Job, paste
+from model.modes import run as make
 from model.sample import Sampling
-from model.video import contact_sheet
-from model.world import Scene, captions, render, sample_scene
-
-ATTRIBUTES = ("shape", "colour", "direction", "all")
-BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Scenes of one kind. size: (height, width). given: known first frames, 1 + 4k, or 0.
-
-    chance: rate of a clip that shows any object, drawn evenly from the world's words, for "all".
-    """
-
-    name: str
-    kind: str | None
-    size: tuple[int, int]
-    frames: int
-    chance: float
-    held_out: bool = False
-    detailed: bool = False
-    given: int = 0
-
-
-ONE = 1 / (4 * 6 * 8)
-SUITES: tuple[Suite, ...] = (
-    Suite("one_object", "one", (32, 32), 9, ONE),
-    Suite("one_object_detailed", "one", (32, 32), 9, ONE, detailed=True),
-    Suite("held_out", None, (32, 32), 9, ONE, held_out=True),
-    Suite("size_32x48", "one", (32, 48), 9, ONE),
-    Suite("size_48x32", "one", (48, 32), 9, ONE),
-    Suite("size_48x48", "one", (48, 48), 9, ONE),
-    Suite("size_32x64", "one", (32, 64), 9, ONE),
-    Suite("size_40x48_unseen", "one", (40, 48), 9, ONE),
-    Suite("frames_17", "one", (32, 32), 17, ONE),
-    Suite("image", "image", (32, 32), 1, 1 / 24),
-    Suite("still", "still", (32, 32), 9, ONE * 8 / 9),
-    Suite("image_to_video", "one", (32, 32), 9, 1 / 8, given=1),
-    Suite("continue_5_frames", "one", (32, 32), 13, 1 / 8, given=5),
-    Suite("two_objects", "two", (32, 48), 9, 2 * ONE**2),
+from model.scoring import score
+from model.stack import CHECKPOINT, Stack, load_stack
+from model.suites import (
+    SUITES,
+    SUITES_VERSION,
+    Item,
+    Suite,
+    floors_of,
+    items_of,
+    job_of,
+    round_trip,
+    scenes_hash,
 )
+from model.video import contact_sheet
+
+BATCH_TOKENS = 4096
+NAMES = (*(suite.name for suite in SUITES), chained.NAME)
 
 
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% interval of a rate (Wilson 1927)."""
-    if not 0 <= right <= count or count < 1:
-        raise ValueError(f"right: expected 0 to {count} of at least 1, got {right}")
-    rate = right / count
-    middle = rate + z * z / (2 * count)
-    spread = z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
-    below = 1 + z * z / count
-    low, high = (middle - spread) / below, (middle + spread) / below
-    return (0.0 if right == 0 else low), (1.0 if right == count else high)
-
-
-def score(clips: Sequence[Tensor], scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Rates and intervals per attribute; "all" wants them right jointly, and no object more."""
-    right = dict.fromkeys((*ATTRIBUTES, "count"), 0)
-    for clip, scene in zip(clips, scenes, strict=True):
-        verdict = judge(read(clip), scene)
-        for name in ("shape", "colour", "direction", "count"):
-            right[name] += int(getattr(verdict, name))
-        right["all"] += int(verdict.right and verdict.count)
-    result = {}
-    for name, number in right.items():
-        low, high = wilson(number, len(clips))
-        rate = number / len(clips)
-        result[name] = {"rate": round(rate, 4), "low": round(low, 4), "high": round(high, 4)}
-    return result
-
-
-def scenes_of(suite: Suite, count: int, seed: int) -> list[Scene]:
-    """The scenes of a suite, none of which the training has seen."""
-    return [
-        sample_scene(
-            np.random.default_rng([seed, 11, SUITES.index(suite), index]),
-            kind=suite.kind,
-            size=suite.size,
-            frames=suite.frames,
-            held_out=suite.held_out,
-        )
-        for index in range(count)
-    ]
-
-
-def in_packs(
-    stack: Stack,
-    prompts: Sequence[str],
-    sizes: Sequence[Size],
-    seed: int,
-    sampling: Sampling,
-    starts: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """Generates the clips, as many at a time as BATCH_TOKENS allow."""
-    clips: list[Tensor] = []
+def in_packs(stack: Stack, jobs: Sequence[Job], sampling: Sampling) -> list[Tensor]:
+    """Makes the clips, as many at a time as BATCH_TOKENS allow."""
     volume = math.prod(stack.dit.config.patch)
-    at_once = max(1, BATCH_TOKENS * volume // max(math.prod(size.latent) for size in sizes))
-    for start in range(0, len(prompts), at_once):
-        part = slice(start, start + at_once)
-        clips += generate(
-            stack,
-            prompts[part],
-            sizes[part],
-            seed=seed + start,
-            sampling=sampling,
-            starts=starts[part],
-        )
-    return clips
+    clips: list[Tensor] = []
+    waiting: list[Job] = []
+    tokens = 0
+    for job in jobs:
+        cost = _latents(job) // volume
+        if waiting and tokens + cost > BATCH_TOKENS:
+            clips += make(stack, waiting, sampling)
+            waiting, tokens = [], 0
+        waiting.append(job)
+        tokens += cost
+    return clips + make(stack, waiting, sampling)
+
+
+def _latents(job: Job) -> int:
+    """Latent positions of a job: of the clip to make, of a loop's copies, and of what is given."""
+    t, h, w = job.size.latent
+    given = sum(1 + (part.video.shape[1] - 1) // 4 for part in job.given)
+    return (t * (3 if job.loop else 1) + given) * h * w
 
 
 @torch.no_grad()
@@ -141,38 +75,61 @@ def evaluate(
     sampling: Sampling,
     sheet: Path | None = None,
 ) -> dict[str, Any]:
-    """One row: the generated clips, the true clips, and the true clips through the VAE."""
-    scenes = scenes_of(suite, count, seed)
-    prompts = [captions(scene)[int(suite.detailed)] for scene in scenes]
-    height, width = suite.size
-    sizes = [Size(width, height, suite.frames)] * count
-    true = [render(scene) for scene in scenes]
-    starts = [clip[:, : suite.given] if suite.given else None for clip in true]
-    made = in_packs(stack, prompts, sizes, seed, sampling, starts)
-    trip = [
-        stack.vae.decode(stack.vae.encode(clip[None].to(stack.device)))[0].cpu() for clip in true
-    ]
+    """One row, as plain JSON types. sheet: a picture of up to 12 clips, generated above true."""
+    items = items_of(suite, count, seed)
+    jobs = [job_of(item, seed * 1_000_003 + number) for number, item in enumerate(items)]
+    started = time.process_time()
+    made = in_packs(stack, jobs, sampling)
+    seconds = time.process_time() - started
+    generated = {"generated": _whole(items, made)}
+    if any(0 <= part.time < job.size.frames for job in jobs for part in job.given):
+        pasted = [paste(job, clip) for job, clip in zip(jobs, made, strict=True)]
+        generated["pasted"] = _whole(items, pasted)
+    trips = [round_trip(stack.vae, item) for item in items]
+    tricks = [floors_of(item) for item in items]
+    floors = {name: [trick[name] for trick in tricks] for name in tricks[0]}
     if sheet is not None:
-        contact_sheet(sheet, made[:16], scale=4)
+        shown = zip(generated["generated"][:6], (item.video for item in items[:6]), strict=True)
+        contact_sheet(sheet, [clip for pair in shown for clip in pair], scale=3)
     return {
         "name": suite.name,
-        "size": f"{width}x{height}",
+        "mode": suite.mode,
+        "size": f"{suite.size[1]}x{suite.size[0]}",
         "frames": suite.frames,
+        "known": list(suite.known),
         "clips": count,
         "chance": round(suite.chance, 6),
-        "prompts": prompts[:4],
-        "generated": score(made, scenes),
-        "vae_round_trip": score(trip, scenes),
-        "true_clip": score(true, scenes),
+        "prompts": [item.prompt for item in items[:4]],
+        "scenes": scenes_hash(items)[:16],
+        "cpu_seconds": round(seconds, 1),
+        "metrics": score(items, generated, trips, floors),
     }
+
+
+def _whole(items: Sequence[Item], made: Sequence[Tensor]) -> list[Tensor]:
+    return [item.whole(clip) for item, clip in zip(items, made, strict=True)]
+
+
+def headline(row: dict[str, Any]) -> str:
+    """One line about a row."""
+    parts = []
+    for name in ("all", "edited", "first_frame_and_all", "seam_and_all", "gain_db", "event_right"):
+        metric = row["metrics"].get(name)
+        if metric is not None and metric.get("generated") is not None:
+            void = " (void)" if metric["void"] else ""
+            parts.append(f"{name} {metric['generated']['value']:.2f}{void}")
+    return f"{row['name']:22}{'  '.join(parts)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m model.evaluate", description="Score a checkpoint.")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder")
     parser.add_argument("--json", type=Path, required=True, help="where the scores go")
-    parser.add_argument("--clips", type=positive, default=128, help="clips per row")
+    parser.add_argument("--clips", type=positive, default=64, help="clips per row (64)")
+    parser.add_argument("--headline", type=positive, help="clips of the headline rows (as --clips)")
     parser.add_argument("--only", action="append", help="names of rows (default: all)")
+    parser.add_argument("--keep", action="store_true",
+                        help="keep the other rows that the file has")  # fmt: skip
     parser.add_argument("--steps", type=positive, default=Sampling.steps, help="Euler steps")
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
     parser.add_argument("--shift", type=float, default=Sampling.shift)
@@ -181,36 +138,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
-    names = [suite.name for suite in SUITES]
-    unknown = sorted(set(args.only or ()) - set(names))
+    unknown = sorted(set(args.only or ()) - set(NAMES))
     if unknown:
-        raise ValueError(f"--only: expected some of {', '.join(names)}, got {', '.join(unknown)}")
-    chosen = [suite for suite in SUITES if not args.only or suite.name in args.only]
+        raise ValueError(f"--only: expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
+    chosen = [name for name in NAMES if not args.only or name in args.only]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    frozen.check()
     stack = load_stack(args.checkpoint, device)
     sampling = Sampling(args.steps, args.guidance, args.shift)
-    rows = []
+    about = {
+        "schema": 2,
+        "judge": frozen.stamp(),
+        "suites": SUITES_VERSION,
+        "checkpoint": args.checkpoint.name,
+        "sampling": asdict(sampling),
+        "seed": args.seed,
+    }
+    rows = _rows_to_keep(args.json, about, chosen) if args.keep else {}
+    suites = {suite.name: suite for suite in SUITES}
     with progress_bar(args.quiet) as bar:
         task = bar.add_task("evaluating", total=len(chosen))
-        for suite in chosen:
-            bar.update(task, description=suite.name)
-            sheet = None if args.sheets is None else args.sheets / f"{suite.name}.png"
-            rows.append(evaluate(stack, suite, args.clips, args.seed, sampling, sheet))
+        for name in chosen:
+            bar.update(task, description=name)
+            sheet = None if args.sheets is None else args.sheets / f"{name}.png"
+            if name == chained.NAME:
+                rows[name] = chained.evaluate(stack, args.clips, args.seed, sampling, sheet)
+            else:
+                suite = suites[name]
+                count = args.headline or args.clips if suite.headline else args.clips
+                count = max(1, count // suite.share)
+                rows[name] = evaluate(stack, suite, count, args.seed, sampling, sheet)
+            ordered = [rows[name] for name in NAMES if name in rows]
+            write_json(args.json, {**about, "rows": ordered})
             bar.advance(task)
-    write_json(
-        args.json,
-        {
-            "schema": 1,
-            "checkpoint": args.checkpoint.name,
-            "sampling": {"steps": args.steps, "guidance": args.guidance, "shift": args.shift},
-            "seed": args.seed,
-            "rows": rows,
-        },
-    )
-    for row in rows:
-        best = row["generated"]
-        rates = "  ".join(f"{name} {best[name]['rate']:.2f}" for name in ATTRIBUTES)
-        print(f"{row['name']:22}{rates}  (VAE {row['vae_round_trip']['all']['rate']:.2f})")
+    for name in chosen:
+        print(headline(rows[name]))
+
+
+def _rows_to_keep(path: Path, about: dict[str, Any], chosen: list[str]) -> dict[str, Any]:
+    """The rows of a file that was made in the same way, other than those to be made now."""
+    if not path.exists():
+        return {}
+    old = read_json(path)
+    differs = sorted(name for name, value in about.items() if old.get(name) != value)
+    if differs:
+        raise ValueError(f"--keep: expected {path} with equal {', '.join(differs)}")
+    return {row["name"]: row for row in old["rows"] if row["name"] not in chosen}
 
 
 if __name__ == "__main__":
