@@ -178,7 +178,9 @@ def implementation(op: str, direction: str, chosen: str, tensor: Tensor) -> Call
     """What runs ``op`` ("fwd" or "bwd") for a backend other than the reference."""
     if chosen == "triton" and not tensor.is_cuda:  # the interpreter
         return _launcher(op, direction)
-    name = f"{op}_{direction}_cuda" if chosen == "native" and tensor.is_cuda else f"{op}_{direction}"
+    name = (
+        f"{op}_{direction}_cuda" if chosen == "native" and tensor.is_cuda else f"{op}_{direction}"
+    )
     if torch.compiler.is_compiling():
         return getattr(getattr(torch.ops, NAMESPACE), name).default
     call = _calls.get(name)

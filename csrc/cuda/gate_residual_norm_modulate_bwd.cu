@@ -18,28 +18,24 @@ template <bool All>
 constexpr int kMaxThreads = All ? 384 : 640;
 constexpr int kAnyThreads = 256;
 
-// Running sums of V columns, and the gates of the row that is summed. (1 + scale is made again for
-// every token: there are no registers left for it.)
+// Running sums of V columns. Gates and scales are loaded again for every token, out of the cache: there
+// are no registers left for them.
 template <int V, bool All>
 struct Columns {
   static constexpr int kBranches = All ? kMaxBranches : 1;
   float dgate[kBranches][V], dshift[V], dscale[V], dweight[V], dbias[V];
-  float gate[kBranches][V];
 
   __device__ __forceinline__ void start_block() {
 #pragma unroll
     for (int i = 0; i < V; ++i) dweight[i] = dbias[i] = 0.0f;
   }
-  template <class R>
-  __device__ __forceinline__ void start_row(const Args& a, int64_t row, int column, const R& round) {
+  __device__ __forceinline__ void start_row() {
 #pragma unroll
-    for (int b = 0; b < kBranches; ++b) {
+    for (int i = 0; i < V; ++i) {
+      dshift[i] = dscale[i] = 0.0f;
 #pragma unroll
-      for (int i = 0; i < V; ++i) gate[b][i] = 1.0f, dgate[b][i] = 0.0f;
-      if (a.gate[b].data) load_gate<V>(a, b, row, column, round, gate[b]);
+      for (int b = 0; b < kBranches; ++b) dgate[b][i] = 0.0f;
     }
-#pragma unroll
-    for (int i = 0; i < V; ++i) dshift[i] = dscale[i] = 0.0f;
   }
   __device__ __forceinline__ void flush_row(const Args& a, const TokenBlock& block, int64_t row,
                                             int column) const {
@@ -87,6 +83,15 @@ struct Columns {
   }
 };
 
+// The gate of branch b, 1 without one.
+template <int V, class R>
+SORA_D void gate_of(const Args& a, int b, int64_t row, int column, const R& round,
+                    float (&gate)[V]) {
+  if (a.gate[b].data) return load_gate<V>(a, b, row, column, round, gate);
+#pragma unroll
+  for (int i = 0; i < V; ++i) gate[i] = 1.0f;
+}
+
 SORA_D bool wants_dr(const Args& a) {
   return a.dx || a.dy[0] || a.dy[1] || a.dgate[0].grad.result || a.dgate[1].grad.result;
 }
@@ -115,7 +120,7 @@ __global__ void __launch_bounds__(kMaxThreads<All>) gate_residual_norm_modulate_
       for (int k = 0; k < K; ++k) {
         if (column(k) >= a.width) continue;
         if (row >= 0) columns[k].flush_row(a, block, row, column(k));
-        if (!end) columns[k].start_row(a, wanted, column(k), round);
+        if (!end) columns[k].start_row();
       }
       row = wanted;
     }
@@ -143,9 +148,10 @@ __global__ void __launch_bounds__(kMaxThreads<All>) gate_residual_norm_modulate_
 #pragma unroll
       for (int b = 0; b < B; ++b) {
         if (!a.y[b].data) continue;
-        float y[V];
+        float y[V], gate[V];
         widen<Ty, V>(ys[k][b], y);
-        add_branch<V>(a, b, columns[k].gate[b], round, y, xhat[k]);
+        gate_of<V>(a, b, row, column(k), round, gate);
+        add_branch<V>(a, b, gate, round, y, xhat[k]);
       }
       widen<Tout, V>(dnormed[k], h[k]);
       columns[k].norm_backward(a, row, column(k), mean, rstd, round, xhat[k], h[k]);
@@ -170,11 +176,12 @@ __global__ void __launch_bounds__(kMaxThreads<All>) gate_residual_norm_modulate_
         float v[V];
         widen<Ty, V>(ys[k][b], v);
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          columns[k].dgate[b][i] += dr[i] * v[i];
-          v[i] = dr[i] * columns[k].gate[b][i];
-        }
-        if (a.dy[b]) store<Ty, V>(static_cast<Ty*>(a.dy[b]) + at, v);
+        for (int i = 0; i < V; ++i) columns[k].dgate[b][i] += dr[i] * v[i];
+        if (!a.dy[b]) continue;
+        gate_of<V>(a, b, row, column(k), round, v);
+#pragma unroll
+        for (int i = 0; i < V; ++i) v[i] *= dr[i];
+        store<Ty, V>(static_cast<Ty*>(a.dy[b]) + at, v);
       }
     }
   }
@@ -184,15 +191,17 @@ __global__ void __launch_bounds__(kMaxThreads<All>) gate_residual_norm_modulate_
 }
 
 // The residual and the upstream gradient of one column, from memory of any type.
-SORA_D void load_column(const Args& a, const Columns<1, true>& column, const TypedRounding& round,
-                        int64_t n, int c, float (&residual)[1], float (&g)[1]) {
+SORA_D void load_column(const Args& a, const TypedRounding& round, int64_t n, int64_t row, int c,
+                        float (&residual)[1], float (&g)[1]) {
   residual[0] = load_one(a.x, n, c);
   g[0] = load_one(a.dnormed, n, c);
 #pragma unroll
   for (int b = 0; b < kMaxBranches; ++b) {
     if (!a.y[b].data) continue;
+    float gate[1];
+    gate_of<1>(a, b, row, c, round, gate);
     const float y[1] = {load_one(a.y[b], n, c)};
-    add_branch<1>(a, b, column.gate[b], round, y, residual);
+    add_branch<1>(a, b, gate, round, y, residual);
   }
 }
 
@@ -209,9 +218,9 @@ __global__ void __launch_bounds__(kAnyThreads) gate_residual_norm_modulate_bwd_m
   for (int c = threadIdx.x; c < a.width; c += blockDim.x) {
     Columns<1, true> column;
     column.start_block();
-    column.start_row(a, row, c, round);
+    column.start_row();
     float xhat[1], h[1];
-    load_column(a, column, round, n, c, xhat, h);
+    load_column(a, round, n, row, c, xhat, h);
     column.norm_backward(a, row, c, mean, rstd, round, xhat, h);
     sum[0] += h[0];
     sum[1] += h[0] * xhat[0];
@@ -238,11 +247,12 @@ __global__ void __launch_bounds__(kAnyThreads) gate_residual_norm_modulate_bwd_a
     const int64_t n = token_at(a.rows, position), wanted = row_of(a.rows, n);
     if (wanted != row) {
       if (row >= 0) column.flush_row(a, block, row, c);
-      column.start_row(a, row = wanted, c, round);
+      column.start_row();
+      row = wanted;
     }
     const float rstd = a.rstd[n];
     float xhat[1], h[1];
-    load_column(a, column, round, n, c, xhat, h);
+    load_column(a, round, n, row, c, xhat, h);
     column.norm_backward(a, row, c, a.mean ? a.mean[n] : 0.0f, rstd, round, xhat, h);
     if (!wants_dr(a)) continue;
     const int64_t at = n * a.width + c;
@@ -252,8 +262,11 @@ __global__ void __launch_bounds__(kAnyThreads) gate_residual_norm_modulate_bwd_a
 #pragma unroll
     for (int b = 0; b < kMaxBranches; ++b) {
       if (a.y[b].data) column.dgate[b][0] += dr[0] * load_one(a.y[b], n, c);
-      const float dy[1] = {dr[0] * column.gate[b][0]};
-      if (a.dy[b]) store<1>(a.dy[b], a.y_type, at, dy);
+      if (!a.dy[b]) continue;
+      float dy[1];
+      gate_of<1>(a, b, row, c, round, dy);
+      dy[0] *= dr[0];
+      store<1>(a.dy[b], a.y_type, at, dy);
     }
   }
   column.flush_row(a, block, row, c);

@@ -52,6 +52,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="M",
         help="check aot_cases() of these modules instead of the ops",
     )
+    parser.add_argument(
+        "--nvcc", action="store_true", help="check the kernels of csrc/cuda as well, with nvcc"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--no-cache", action="store_true", help="compile everything again")
     parser.add_argument("--quiet", action="store_true", help="print only problems and the total")
@@ -94,8 +97,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"\r{next(done)}/{len(tasks)} kernels", end="", file=sys.stderr, flush=True)
 
         rows = run(tasks, args.jobs, not args.no_cache, report)
-        cuda, cuda_note = ([], "") if args.module or args.only else nvcc.cuda_rows(args.arch)
-        rows += cuda
+        cuda_note = ""
+        if args.nvcc:
+            cuda, cuda_note = nvcc.cuda_rows(args.arch, args.only, args.jobs, not args.no_cache)
+            rows += cuda
         if args.json:
             temporary = args.json.with_name(args.json.name + ".tmp")
             temporary.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

@@ -95,6 +95,14 @@ def test_the_matrix_unit_is_the_chips(toy_rows: dict) -> None:
     assert toy_rows["spilling_matmul", 80]["spill_bytes"] > 1000
 
 
+def test_loads_by_descriptors_are_tma_copies(toy_rows: dict) -> None:
+    """Triton lowers them to plain loads where there is no TMA unit."""
+    row = toy_rows["descriptor_copy", 90]
+    assert row["ok"] and "tma" in row["features"]
+    row = toy_rows["descriptor_copy", 80]
+    assert row["problems"] == ["0 TMA copies for 1 descriptor loads"] and not row["ok"]
+
+
 def test_cache_gives_the_same_rows(toy_rows: dict, tmp_path: Path) -> None:
     path = tmp_path / "again.json"
     arguments = ["--module", "tests.aot.toy_kernels", "--arch", "80", "90", "--json", str(path)]
@@ -191,21 +199,55 @@ extern "C" __global__ void indexed(float* x, int n) {
   for (int i = 0; i < n; ++i) a[i & 63] += a[(i * 7) & 63];
   x[n] = a[n & 63];
 }
+extern "C" __global__ void __launch_bounds__(1024) spilling(const float* x, float* y, int n) {
+  float a[200];
+  #pragma unroll
+  for (int i = 0; i < 200; ++i) a[i] = x[threadIdx.x + i * n];
+  __syncthreads();
+  #pragma unroll
+  for (int i = 0; i < 200; ++i) y[threadIdx.x + i * n] = a[i] * a[199 - i];
+}
+template <class T>
+__global__ void copy_row(const T* x, T* y) { y[threadIdx.x] = x[threadIdx.x]; }
+template __global__ void copy_row(const float*, float*);
+template __global__ void copy_row(const float4*, float4*);
 """
 
 
 @pytest.mark.skipif(nvcc.find_nvcc() is None, reason="nvcc is not on PATH")
-def test_cuda_sources_are_checked_with_nvcc(tmp_path: Path) -> None:
+def test_cuda_sources_are_checked_with_nvcc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SORA_KERNELS_CACHE_DIR", str(tmp_path))
     source = tmp_path / "csrc" / "cuda" / "toy.cu"
     source.parent.mkdir(parents=True)
     source.write_text(CUDA_SOURCE)
     rows = nvcc.check_cuda_source(source, [80, 90], str(nvcc.find_nvcc()))
     found = {(row["kernel"], row["arch"]): row for row in rows}
-    assert set(found) == {(f"toy.cu/{k}", a) for k in ("scale", "indexed") for a in (80, 90)}
+    names = ("scale", "indexed", "spilling", "copy_row<float>", "copy_row<float4>")
+    assert set(found) == {(f"toy.cu/{k}", a) for k in names for a in (80, 90)}
     assert all(row["regs"] > 0 for row in rows)
     assert found["toy.cu/scale", 80]["ok"]
+    assert "spills" in found["toy.cu/spilling", 90]["problems"][0]
+    # A kernel that is named a row kernel goes 16 bytes at a time.
+    assert found["toy.cu/copy_row<float4>", 90]["ok"]
+    narrow = found["toy.cu/copy_row<float>", 90]["problems"]
+    assert narrow == ["no 16-byte loads", "no 16-byte stores"]
     # An array indexed at run time lives on the stack, which is not a spill.
     assert found["toy.cu/indexed", 80]["stack"] >= 256 and found["toy.cu/indexed", 80]["ok"]
+    assert not any(row["cached"] for row in rows)
+    again = nvcc.check_cuda_source(source, [80, 90], str(nvcc.find_nvcc()))
+    assert [{**row, "cached": False} for row in again] == rows
+    assert all(row["cached"] for row in again)
     source.write_text("__global__ void broken( {}")
     with pytest.raises(ValueError, match=r"toy\.cu: .*error"):
         nvcc.check_cuda_source(source, [80], str(nvcc.find_nvcc()))
+
+
+@pytest.mark.skipif(nvcc.find_nvcc() is None, reason="nvcc is not on PATH")
+def test_a_kernel_of_csrc_cuda_is_within_its_budget() -> None:
+    """One small file on one chip; `python -m sora_kernels.aot --nvcc` checks them all."""
+    rows, note = nvcc.cuda_rows([90], ["grouped_sum"])
+    assert [row["kernel"] for row in rows] == ["grouped_sum.cu/finish_kernel"]
+    assert rows[0]["ok"] and rows[0]["stack"] == 0 and rows[0]["regs"] <= 128
+    assert note.startswith("csrc/cuda: 1 sources checked")

@@ -8,16 +8,18 @@ Kernels *and* bindings are the very sources that nvcc and the C++ compiler see i
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from sora_kernels import backend
 
@@ -25,54 +27,67 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "cuda_emulator"
 NAMESPACE = "sora_kernels_emulated"
-# As in setup.py's CUDA build, products and sums are rounded one by one.
-FLAGS = "-O1 -std=c++20 -fPIC -ffp-contract=off -fvisibility=hidden -DSORA_EMULATED"
+BAND, BAND_VALUE = 64, 12288.0  # those of csrc/cuda/bind.h
+# As in setup.py's CUDA build, products and sums are rounded one by one. The attributes in use here
+# are those of GCC and Clang.
+FLAGS = (
+    "-std=c++20 -fPIC -ffp-contract=off -fvisibility=hidden -w -DSORA_EMULATED "
+    f"-I{HERE} -I{ROOT}/csrc/common -I{ROOT}/csrc/cuda -x c++ -c"
+)
 
 _library: torch.library.Library | None = None
 _symbols: ctypes.CDLL | None = None
 
 
-def compiler() -> str | None:
-    """The C++ compiler, or None. Only GCC and Clang know the attributes that are used here."""
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not found:
+        raise RuntimeError("the emulator needs a C++ compiler")
+    return found
 
 
-def _newest_header() -> float:
+def _compile(sources: Sequence[Path], library: Path, link: str = "") -> Path:
+    """Compiles what has changed since the last time; processes wait for each other."""
+    torch_include = Path(torch.__file__).parent / "include"
+    binding = f"-O0 -I{torch_include} -DTORCH_TARGET_VERSION=0x020b000000000000"
+    BUILD.mkdir(parents=True, exist_ok=True)
     headers = [*(ROOT / "csrc").rglob("*.h"), *HERE.glob("*.h"), Path(__file__)]
-    return max(path.stat().st_mtime for path in headers)
+    newest = max(path.stat().st_mtime for path in headers)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        objects, running = [], []
+        for source in sources:
+            target = BUILD / f"{source.name}.o"
+            objects.append(str(target))
+            fresh = target.exists() and target.stat().st_mtime
+            if fresh and fresh > max(newest, source.stat().st_mtime):
+                continue
+            has_torch = source.parent.name == "cuda" and source.suffix == ".cpp"
+            flags = f"{binding if has_torch else '-O1'} {FLAGS}"
+            target.unlink(missing_ok=True)
+            command = [compiler(), *flags.split(), str(source), "-o", str(target)]
+            running.append((source, subprocess.Popen(command)))
+        failed = [source.name for source, process in running if process.wait() != 0]
+        if failed:
+            raise RuntimeError(f"{', '.join(failed)}: does not compile for the emulator")
+        if running or not library.exists():
+            temporary = library.with_suffix(".new")
+            command = [compiler(), "-shared", *objects, *link.split(), "-o", str(temporary)]
+            subprocess.run(command, check=True)
+            temporary.replace(library)
+    return library
 
 
 def build() -> Path:
-    """Compiles what has changed since the last call and returns the library."""
-    base = Path(torch.__file__).parent
-    include = f"-I{HERE} -I{ROOT}/csrc/common"
-    binding = f"-I{base}/include -DTORCH_TARGET_VERSION=0x020b000000000000"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    headers = _newest_header()
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.c*")) + [HERE / "emulator.cpp"]
-    objects, running = [], []
-    for source in sources:
-        target = BUILD / f"{source.name}.o"
-        objects.append(target)
-        if target.exists() and target.stat().st_mtime > max(headers, source.stat().st_mtime):
-            continue
-        flags = f"{FLAGS} {include} {'' if source.suffix == '.cu' else binding} -x c++ -c"
-        command = [str(compiler()), *flags.split(), str(source), "-o", f"{target}.{os.getpid()}"]
-        running.append((target, subprocess.Popen(command)))
-    for target, process in running:
-        if process.wait() != 0:
-            raise RuntimeError(f"{target.stem} does not compile for the emulator")
-        Path(f"{target}.{os.getpid()}").replace(target)
-    library = BUILD / "_C_cuda_emulated.so"
-    if running or not library.exists():
-        fresh = library.with_suffix(f".{os.getpid()}")
-        link = f"-L{base}/lib -ltorch -ltorch_cpu -lc10"
-        subprocess.run(
-            [str(compiler()), "-shared", *map(str, objects), *link.split(), "-o", str(fresh)],
-            check=True,
-        )
-        fresh.replace(library)
-    return library
+    """The library of all CUDA kernels and bindings."""
+    lib = Path(torch.__file__).parent / "lib"
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.c*")), HERE / "emulator.cpp"]
+    return _compile(sources, BUILD / "_C_cuda_emulated.so", f"-L{lib} -ltorch -ltorch_cpu -lc10")
+
+
+def build_toy() -> Path:
+    """The library of toy.cu."""
+    return _compile([HERE / "toy.cu", HERE / "emulator.cpp"], BUILD / "toy.so")
 
 
 def load() -> None:
@@ -90,9 +105,26 @@ def load() -> None:
 
 
 def raw(op: str, direction: str) -> Callable[..., Any]:
-    """The emulated raw op, e.g. ``raw("norm_modulate", "fwd")``."""
+    """The emulated raw op, e.g. ``raw("norm_modulate", "fwd")``; its results lie between bands."""
     load()
-    return getattr(getattr(torch.ops, NAMESPACE), f"{op}_{direction}_cuda").default
+    run = getattr(getattr(torch.ops, NAMESPACE), f"{op}_{direction}_cuda").default
+
+    def checked(*args: Any) -> Any:
+        results = run(*args)
+        for i, result in enumerate(results):
+            assert_bands(result, f"{op}_{direction}, result {i}")
+        return results
+
+    return checked
+
+
+def assert_bands(result: Tensor, name: str) -> None:
+    """Nothing was written beside a result that the emulated bindings allocated."""
+    whole = result.new_empty(0).set_(result.untyped_storage())
+    start, stop = BAND, whole.numel() - BAND
+    assert (result.storage_offset(), result.numel()) == (start, stop - start), name
+    for band in (whole[:start], whole[stop:]):
+        assert (band == BAND_VALUE).all(), f"{name}: written outside"
 
 
 @contextmanager
@@ -103,7 +135,10 @@ def emulated() -> Iterator[None]:
     def implementation(op: str, direction: str, chosen: str, tensor: Any) -> Callable[..., Any]:
         return raw(op, direction)
 
-    with mock.patch.object(backend, "implementation", implementation), backend.use_backend("native"):
+    with (
+        mock.patch.object(backend, "implementation", implementation),
+        backend.use_backend("native"),
+    ):
         yield
 
 
