@@ -102,7 +102,7 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """The raw op bias_gelu_fwd."""
     batch, length, width = x.shape
     y = x.new_empty(x.shape)
-    block_rows, block_d, num_warps = config.forward(width)
+    block_rows, block_d, num_warps = config.forward(width, config.chip_of(x))
     launch(
         _bias_gelu_fwd_kernel,
         (triton.cdiv(batch * length, block_rows), triton.cdiv(width, block_d)),
@@ -128,7 +128,7 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor | None, need_dbias: bool) -> tu
     """The raw op bias_gelu_bwd: dx, and dbias in fp32 (empty if not wanted)."""
     batch, length, width = x.shape
     tokens = batch * length
-    block_tokens, block_d, num_warps = config.backward(tokens, width)
+    block_tokens, block_d, num_warps = config.backward(tokens, width, config.chip_of(x))
     blocks = triton.cdiv(tokens, block_tokens)
     dx = x.new_empty(x.shape)
     partial = x.new_empty(blocks if need_dbias else 0, width, dtype=torch.float32)

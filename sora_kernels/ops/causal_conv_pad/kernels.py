@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...aot import AotCase
 from .._launch import launch
-from .config import choose_config
+from .config import chip_of, choose_config
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def forward(
     cache_frames = 0 if cache is None else cache.shape[2]
     rows = batch * outer * shape[2] * shape[3]
     padded_row = shape[4] * inner
-    block_rows, block_row, num_warps = choose_config(padded_row)
+    block_rows, block_row, num_warps = choose_config(padded_row, chip_of(x))
     launch(
         _causal_conv_pad_fwd_kernel,
         (triton.cdiv(rows, block_rows), triton.cdiv(padded_row, block_row)),
@@ -212,7 +212,7 @@ def backward(
     height = padded_height - top - bottom
     row = (padded_width - left - right) * inner
     fill = pad_t - cache_frames
-    block_rows, block_row, num_warps = choose_config(row)
+    block_rows, block_row, num_warps = choose_config(row, chip_of(dpadded))
 
     def grad_of(bit: int, first: int, count: int) -> Tensor:
         if not needs & bit:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._config import MAX_WIDTH, ForwardConfig, block_tokens, forward_rows, next_power_of_2
+from .._tables import Chip, chip_of, tuned
 
-__all__ = ["MAX_WIDTH", "BackwardConfig", "backward", "forward"]
+__all__ = ["MAX_WIDTH", "BackwardConfig", "backward", "chip_of", "forward"]
 
 _SLICE = 1024  # columns per program where nothing needs the whole row
 
@@ -17,13 +18,18 @@ class BackwardConfig(NamedTuple):
     num_warps: int
 
 
-def forward(width: int, norm: bool) -> ForwardConfig:
+def forward(width: int, norm: bool, chip: Chip | None = None) -> ForwardConfig:
     """Whole rows if a norm must see them, else slices of them; narrow rows share a program."""
-    return forward_rows(width, MAX_WIDTH if norm else _SLICE)
+    default = forward_rows(width, MAX_WIDTH if norm else _SLICE)
+    fields = ("block_rows", "num_warps") if norm else default._fields
+    return tuned("gate_residual", "forward", default, fields, chip, width=width, norm=norm)
 
 
-def backward(tokens: int, width: int, norm: bool) -> BackwardConfig:
+def backward(tokens: int, width: int, norm: bool, chip: Chip | None = None) -> BackwardConfig:
     """At most about 16 fp32 values per array and thread: dout, y and the sums must all fit."""
     block_d = min(max(next_power_of_2(width), 16), MAX_WIDTH if norm else _SLICE)
     num_warps = min(max(block_d // (32 * 8), 1), 32)
-    return BackwardConfig(block_d, block_tokens(tokens, -(-width // block_d)), num_warps)
+    default = BackwardConfig(block_d, 0, num_warps)
+    fields = ("num_warps",) if norm else ("block_d", "num_warps")
+    found = tuned("gate_residual", "backward", default, fields, chip, width=width, norm=norm)
+    return found._replace(block_tokens=block_tokens(tokens, -(-width // found.block_d)))

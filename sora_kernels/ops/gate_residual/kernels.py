@@ -220,7 +220,7 @@ def forward(
     out = x.new_empty(x.shape)
     mean = x.new_empty(tokens if norm == 2 else 0, dtype=torch.float32)
     rstd = x.new_empty(tokens if norm else 0, dtype=torch.float32)
-    block_d, block_rows, num_warps = config.forward(width, norm > 0)
+    block_d, block_rows, num_warps = config.forward(width, norm > 0, config.chip_of(x))
     launch(
         _gate_residual_fwd_kernel,
         (triton.cdiv(tokens, block_rows), triton.cdiv(width, block_d)),
@@ -279,7 +279,9 @@ def backward(
         needs &= ~DGATE
     if weight is None:
         needs &= ~DWEIGHT
-    block_d, block_tokens, num_warps = config.backward(tokens, width, norm > 0)
+    block_d, block_tokens, num_warps = config.backward(
+        tokens, width, norm > 0, config.chip_of(dout)
+    )
     blocks = triton.cdiv(tokens, block_tokens)
 
     dy = dout.new_empty(dout.shape if needs & DY else (0,), dtype=y_dtype)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._config import MAX_WIDTH, ForwardConfig, block_tokens, forward_rows, next_power_of_2
+from .._tables import Chip, chip_of, tuned
 
-__all__ = ["MAX_WIDTH", "BackwardConfig", "backward", "forward"]
+__all__ = ["MAX_WIDTH", "BackwardConfig", "backward", "chip_of", "forward"]
 
+_OP = "gate_residual_norm_modulate"
 _SLICE = 4096  # columns of the backward: three sums and the inputs of more would spill
 
 
@@ -18,14 +20,16 @@ class BackwardConfig(NamedTuple):
     num_warps: int
 
 
-def forward(width: int) -> ForwardConfig:
+def forward(width: int, chip: Chip | None = None) -> ForwardConfig:
     """Whole rows in registers; narrow rows share a program."""
-    return forward_rows(width)
+    fields = ("block_rows", "num_warps")
+    return tuned(_OP, "forward", forward_rows(width), fields, chip, width=width)
 
 
-def backward(tokens: int, width: int) -> BackwardConfig:
+def backward(tokens: int, width: int, chip: Chip | None = None) -> BackwardConfig:
     """Eight fp32 values per array and thread: inputs, xhat and up to six sums must all fit."""
     block_d = min(max(next_power_of_2(width), 16), _SLICE)
     slices = -(-width // block_d)
     num_warps = max(block_d // (32 * 8), 1)
-    return BackwardConfig(block_d, block_tokens(tokens, slices), slices, num_warps)
+    default = BackwardConfig(block_d, block_tokens(tokens, slices), slices, num_warps)
+    return tuned(_OP, "backward", default, ("num_warps",), chip, width=width)

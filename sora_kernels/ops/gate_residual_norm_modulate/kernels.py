@@ -155,7 +155,7 @@ def forward(
     normed = x.new_empty(x.shape, dtype=out_dtype)
     mean = x.new_empty(0 if rms else tokens, dtype=torch.float32)
     rstd = x.new_empty(tokens, dtype=torch.float32)
-    block_d, block_rows, num_warps = config.forward(width)
+    block_d, block_rows, num_warps = config.forward(width, config.chip_of(x))
     launch(
         _gate_residual_norm_modulate_fwd_kernel,
         (triton.cdiv(tokens, block_rows),),
@@ -245,7 +245,7 @@ def backward(
     for bit, tensor in present.items():
         if tensor is None:
             needs &= ~bit
-    block_d, block_tokens, slices, num_warps = config.backward(tokens, width)
+    block_d, block_tokens, slices, num_warps = config.backward(tokens, width, config.chip_of(x))
     blocks = triton.cdiv(tokens, block_tokens)
     dweight = vector_partials(x, needs & DWEIGHT, blocks, width)
     dbias = vector_partials(x, needs & DBIAS, blocks, width)

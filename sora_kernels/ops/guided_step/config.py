@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._config import forward_rows
+from .._tables import Chip, chip_of, tuned
+
+__all__ = ["Config", "chip_of", "choose_config"]
 
 
 class Config(NamedTuple):
@@ -13,7 +16,8 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def choose_config(width: int) -> Config:
+def choose_config(width: int, chip: Chip | None = None) -> Config:
     """About 2048 elements per program, 16 per thread; any width is covered by slices."""
     block_d, block_rows, num_warps = forward_rows(width, 1024)
-    return Config(block_rows, block_d, num_warps)
+    default = Config(block_rows, block_d, num_warps)
+    return tuned("guided_step", "all", default, default._fields, chip, width=width)

@@ -13,7 +13,7 @@ from ...aot import AotCase
 from .._device import load_f32
 from .._grouped import token_offset
 from .._launch import launch
-from .config import choose_config
+from .config import chip_of, choose_config
 
 
 @triton.jit
@@ -109,8 +109,8 @@ def _guided_step_bwd_kernel(
         )
 
 
-def _grid(tokens: int, width: int) -> tuple[tuple[int, int], dict[str, Any]]:
-    block_rows, block_d, num_warps = choose_config(width)
+def _grid(tokens: int, width: int, x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+    block_rows, block_d, num_warps = choose_config(width, chip_of(x))
     grid = (triton.cdiv(tokens, block_rows), triton.cdiv(width, block_d))
     return grid, {
         "BLOCK_ROWS": block_rows,
@@ -133,7 +133,7 @@ def forward(
     """The raw op guided_step_fwd."""
     batch, length, width = x.shape
     out = x.new_empty(x.shape)
-    grid, meta = _grid(batch * length, width)
+    grid, meta = _grid(batch * length, width, x)
     free = cond if uncond is None else uncond  # its strides; its data is not read
     launch(
         _guided_step_fwd_kernel, grid, x.device,
@@ -158,7 +158,7 @@ def backward(
     batch, length, width = dout.shape
     dcond = dout.new_empty(dout.shape if needs & 1 else (0,), dtype=dtype)
     duncond = dout.new_empty(dout.shape if needs & 2 else (0,), dtype=dtype)
-    grid, meta = _grid(batch * length, width)
+    grid, meta = _grid(batch * length, width, dout)
     launch(
         _guided_step_bwd_kernel, grid, dout.device,
         dout, guidance, weight, index, dcond if needs & 1 else None,

@@ -121,7 +121,7 @@ def forward(
     y2 = x.new_empty(x.shape if two else (0,), dtype=out_dtype)
     mean = x.new_empty(0 if rms else tokens, dtype=torch.float32)
     rstd = x.new_empty(tokens, dtype=torch.float32)
-    block_d, block_rows, num_warps = config.forward(width)
+    block_d, block_rows, num_warps = config.forward(width, config.chip_of(x))
     launch(
         _norm_modulate_fwd_kernel,
         (triton.cdiv(tokens, block_rows),),
@@ -196,7 +196,7 @@ def backward(
     dscale2 = modulation_grad(x, needs & DSCALE2, scale2, None)
     modulations = (dshift, dscale, dshift2, dscale2)
     sums = sum(g.numel() > 0 for g in modulations) + bin(needs & (DWEIGHT | DBIAS)).count("1")
-    block_d, block_tokens, num_warps = config.backward(tokens, width, sums)
+    block_d, block_tokens, num_warps = config.backward(tokens, width, sums, config.chip_of(x))
     blocks = triton.cdiv(tokens, block_tokens)
 
     dx = x.new_empty(x.shape) if needs & DX else x.new_empty(0, dtype=torch.float32)

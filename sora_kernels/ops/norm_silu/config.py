@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .._tables import Chip, chip_of, tuned
+
+__all__ = ["MAX_WIDTH", "Config", "chip_of", "chunk", "group", "rms"]
+
 
 class Config(NamedTuple):
     block_l: int  # positions of a tile
@@ -20,20 +24,27 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def rms(width: int, channels_last: bool, backward: bool = False) -> Config:
+def rms(
+    width: int, channels_last: bool, backward: bool = False, chip: Chip | None = None
+) -> Config:
     """A tile holds all channels. Channels first, 16 positions at least: 32 bytes of bf16."""
     block_c = max(next_power_of_2(width), 16)
     elements = 2048 if channels_last else 4096
     block_l = max(elements // block_c, 1 if channels_last else 16)
     per_thread = 8 if backward else 16
     num_warps = min(max(block_l * block_c // (32 * per_thread), 1), 16)
-    return Config(block_l, block_c, num_warps)
+    default = Config(block_l, block_c, num_warps)
+    kernel = "rms_backward" if backward else "rms_forward"
+    fields = ("block_l", "num_warps")
+    return tuned("norm_silu", kernel, default, fields, chip, width=width, last=channels_last)
 
 
-def group(width: int, channels_last: bool) -> Config:
+def group(width: int, channels_last: bool, chip: Chip | None = None) -> Config:
     """Tiles of part of the channels, long in the direction that is contiguous."""
     block_c = min(max(next_power_of_2(width), 16), 128 if channels_last else 16)
-    return Config(2048 // block_c, block_c, 4)
+    default = Config(2048 // block_c, block_c, 4)
+    shape = {"width": width, "last": channels_last}
+    return tuned("norm_silu", "group", default, default._fields, chip, **shape)
 
 
 def chunk(positions: int, block_l: int, regions: int) -> int:

@@ -137,7 +137,7 @@ def forward(
     x_strides = strides_of(x, channels_last)
     if groups == 0:
         rstd = x.new_empty(regions * length, dtype=torch.float32)
-        block_l, block_c, num_warps = config.rms(width, channels_last)
+        block_l, block_c, num_warps = config.rms(width, channels_last, chip=config.chip_of(x))
         blocks = triton.cdiv(length, block_l)
         launch(
             _rms_fwd_kernel, (regions * blocks,), x.device,
@@ -148,7 +148,7 @@ def forward(
         )  # fmt: skip
         return y, x.new_empty(0, dtype=torch.float32), rstd
     mean, rstd = _group_stats(x, x_strides, groups, eps, channels_last)
-    block_l, block_c, num_warps = config.group(width, channels_last)
+    block_l, block_c, num_warps = config.group(width, channels_last, config.chip_of(x))
     blocks = triton.cdiv(length, block_l)
     launch(
         _group_fwd_kernel, (regions * blocks, triton.cdiv(width, block_c)), x.device,
@@ -166,7 +166,7 @@ def _group_stats(
     """Mean and rstd ``[B * F * groups]``, merged from those of channels over blocks."""
     batch, frames, length, width = x.shape
     regions = batch * frames
-    block_l, block_c, num_warps = config.group(width, channels_last)
+    block_l, block_c, num_warps = config.group(width, channels_last, config.chip_of(x))
     chunk = config.chunk(length, block_l, regions)
     blocks = triton.cdiv(length, chunk)
     partial = x.new_empty(2, regions, blocks, groups, width // groups, dtype=torch.float32)

@@ -155,9 +155,9 @@ def backward(
     empty = x.new_empty(0, dtype=torch.float32)
     dx, strides = new_result(x, channels_last) if needs & DX else (empty, (0, 0, 0, 0))
     if groups:
-        block_l, block_c, num_warps = config.group(width, channels_last)
+        block_l, block_c, num_warps = config.group(width, channels_last, config.chip_of(x))
     else:
-        block_l, block_c, num_warps = config.rms(width, channels_last, backward=True)
+        block_l, block_c, num_warps = config.rms(width, channels_last, True, config.chip_of(x))
     chunk = config.chunk(length, block_l, regions)
     blocks = triton.cdiv(length, chunk)
     all_strides = (*strides_of(dy, channels_last), *strides_of(x, channels_last), *strides)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .._tables import Chip, chip_of, tuned
+
+__all__ = ["Config", "chip_of", "choose_config"]
+
 
 class Config(NamedTuple):
     block_w: int  # tokens along w
@@ -11,8 +15,10 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def choose_config(grid_w: int, features: int) -> Config:
+def choose_config(grid_w: int, features: int, chip: Chip | None = None) -> Config:
     """At most 4096 elements, features first: they are what is contiguous in the token matrix."""
     block_f = min(1 << (features - 1).bit_length(), 256)
     block_w = min(1 << (grid_w - 1).bit_length(), 4096 // block_f)
-    return Config(block_w, block_f, 4 if block_w * block_f > 512 else 1)
+    default = Config(block_w, block_f, 4 if block_w * block_f > 512 else 1)
+    shape = {"grid_w": grid_w, "features": features}
+    return tuned("patchify", "all", default, default._fields, chip, **shape)

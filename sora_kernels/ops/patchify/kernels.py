@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import launch
-from .config import choose_config
+from .config import chip_of, choose_config
 
 if TYPE_CHECKING:
     from ...aot import AotCase
@@ -68,7 +68,7 @@ def _copy(
     pt, ph, pw = patch
     for n, video in enumerate(videos):
         t, h, w = grids[3 * n : 3 * n + 3]
-        config = choose_config(w, tokens.shape[1])
+        config = choose_config(w, tokens.shape[1], chip_of(tokens))
         rows = t * h * triton.cdiv(w, config.block_w)
         launch(
             _patchify_kernel, (rows, triton.cdiv(tokens.shape[1], config.block_f)), tokens.device,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
+
+from .._tables import Chip, chip_of, tuned
+
+__all__ = ["Config", "backward_steps", "chip_of", "tile"]
 
 # Elements of one tile. 4096 over 4 warps is four 16-byte loads of bf16 in flight per thread.
 _FORWARD_TILE = 4096
@@ -11,8 +15,7 @@ _ELEMENTS_PER_WARP = {False: 1024, True: 512}  # forward, backward
 _BACKWARD_PROGRAMS = 1024  # enough to fill the largest chip; more only adds partial sums
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """One program works on ``tokens`` x ``heads`` rows of ``2 * pairs`` (padded) components."""
 
     tokens: int
@@ -36,7 +39,9 @@ def _heads_per_tile(heads: int, most: int) -> int:
     return best
 
 
-def tile(heads: int, width: int, across_heads: bool, backward: bool) -> Config:
+def tile(
+    heads: int, width: int, across_heads: bool, backward: bool, chip: Chip | None = None
+) -> Config:
     """Tile of a launch over ``heads`` (the larger of q's and k's) of ``width`` components.
 
     All heads of a token share its cos and sin, so a tile prefers heads over tokens. A norm across
@@ -50,7 +55,11 @@ def tile(heads: int, width: int, across_heads: bool, backward: bool) -> Config:
         block = _heads_per_tile(heads, max(1, min(16, size // padded)))
     tokens = max(1, size // (block * padded))
     warps = _next_power_of_2(max(1, block * padded * tokens // _ELEMENTS_PER_WARP[backward]))
-    return Config(tokens, block, padded // 2, min(16, max(4, warps)))
+    default = Config(tokens, block, padded // 2, min(16, max(4, warps)))
+    fields = ("tokens", "num_warps") if across_heads else ("tokens", "heads", "num_warps")
+    shape = {"heads": heads, "width": width, "across_heads": across_heads}
+    kernel = "backward" if backward else "forward"
+    return tuned("qk_norm_rope", kernel, default, fields, chip, **shape)
 
 
 def backward_steps(num_tokens: int, head_blocks: int, tokens: int) -> int:

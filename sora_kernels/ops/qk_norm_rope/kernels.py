@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import tile
+from .config import chip_of, tile
 from .device import (
     BEFORE_ROPE,
     RMS_FULL,
@@ -139,7 +139,7 @@ def launch_forward(
 ) -> None:
     """One pass; ``packed`` = (X_PACKED, Y_PACKED). Without k, only q's blocks run."""
     hq, hk, width = q.heads, (k or q).heads, q.x.shape[-1]
-    cfg = tile(max(hq, hk), width, norm == Norm.RMS_FULL, backward=False)
+    cfg = tile(max(hq, hk), width, norm == Norm.RMS_FULL, False, chip_of(q.x))
     blocks = triton.cdiv(hq, cfg.heads) + (triton.cdiv(hk, cfg.heads) if k else 0)
     k = k or q
     grid = (triton.cdiv(max(q.tokens, k.tokens), cfg.tokens), blocks)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import backward_steps, tile
+from .config import backward_steps, chip_of, tile
 from .device import (
     LAYER,
     RMS_FULL,
@@ -168,7 +168,7 @@ def launch_backward(
 ) -> None:
     """One pass: a single launch if q and k need the same gradients, else one for each."""
     width = q.x.shape[-1]
-    cfg = tile(max(q.heads, k.heads), width, norm == Norm.RMS_FULL, backward=True)
+    cfg = tile(max(q.heads, k.heads), width, norm == Norm.RMS_FULL, True, chip_of(q.x))
     blocks = (triton.cdiv(q.heads, cfg.heads), triton.cdiv(k.heads, cfg.heads))
     launches: list[tuple[Side, int, int]]  # whose needs, first head block, head blocks
     if q.wanted == k.wanted:
