@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sora_kernels.ops.packed_attention import packed_attention
+from sora_kernels.ops.packed_attention.config import choose_config, forced_descriptors
 from sora_kernels.ops.packed_attention.libraries import LIBRARIES, OWN
 from sora_kernels.packing import PackedLayout, Text
 
-from .registry import DTYPES, Case, Context, Inputs, Unavailable, op_cases
+from .registry import DTYPES, Case, Context, Inputs, Run, Unavailable, op_cases
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,31 @@ def by_library(library: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayo
         raise Unavailable(str(error)) from None
 
 
+def with_pointers(case: Case, width: int) -> Case:
+    """Our kernel once more as provider ``pointers``: without tensor descriptors, on a GPU that
+    reads by them."""
+    own = case.providers["sora_kernels"]
+
+    def build(inputs: Inputs) -> Run:
+        capability = torch.cuda.get_device_capability()
+        config = choose_config(width, DTYPES[case.dtype], capability)
+        launches = (config.fwd,) if case.mode == "fwd" else (config.dq, config.dkv)
+        if not any(launch.descriptors for launch in launches):
+            raise Unavailable(
+                f"on sm_{capability[0]}{capability[1]} sora_kernels reads by pointers"
+            )
+
+        def run() -> object:
+            with forced_descriptors(False):
+                return timed()
+
+        with forced_descriptors(False):
+            timed = own(inputs)
+        return run
+
+    return replace(case, providers={**case.providers, "pointers": build})
+
+
 def cases(context: Context) -> Iterable[Case]:
     on_cuda = context.device == "cuda"
     for shape in context.pick(quick=QUICK, full=CUDA if on_cuda else CPU):
@@ -114,7 +140,7 @@ def cases(context: Context) -> Iterable[Case]:
             peers = {name: partial(by_library, name) for name in LIBRARIES} if on_cuda else {}
             if not context.quick and shape.name != "one" and shape.tokens <= 8192:
                 peers["padded"] = partial(padded, shape.lengths)
-            yield from op_cases(
+            made = op_cases(
                 "packed_attention",
                 shape.case,
                 dtype,
@@ -127,3 +153,4 @@ def cases(context: Context) -> Iterable[Case]:
                 flops={"fwd": flops, "bwd": flops * 5 // 2},
                 grads=("q", "k", "v"),
             )
+            yield from (with_pointers(case, shape.width) for case in made) if on_cuda else made

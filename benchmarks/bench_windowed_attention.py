@@ -16,6 +16,7 @@ from sora_kernels.ops.windowed_attention.reference import segment_mask
 from sora_kernels.packing import Part
 from sora_kernels.packing.windows import SegmentGrid, merged, seen_ranges
 
+from .bench_packed_attention import with_pointers
 from .registry import DTYPES, Case, Context, Inputs, Unavailable, op_cases
 
 MASKED = 8192
@@ -189,7 +190,7 @@ def cases(context: Context) -> Iterable[Case]:
                 peers["flex_attention"] = Flex(shape.window)
                 if layout.num_tokens <= MASKED:
                     peers["per_tile"] = partial(per_tile, shape.window)
-            yield from op_cases(
+            made = op_cases(
                 "packed_attention",  # one op to its users: `--only packed_attention` shows both
                 case,
                 dtype,
@@ -202,3 +203,4 @@ def cases(context: Context) -> Iterable[Case]:
                 flops={"fwd": flops, "bwd": flops * 5 // 2},
                 grads=("q", "k", "v"),
             )
+            yield from (with_pointers(case, shape.width) for case in made) if on_cuda else made

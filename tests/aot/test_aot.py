@@ -100,7 +100,7 @@ def test_loads_by_descriptors_are_tma_copies(toy_rows: dict) -> None:
     row = toy_rows["descriptor_copy", 90]
     assert row["ok"] and "tma" in row["features"]
     row = toy_rows["descriptor_copy", 80]
-    assert row["problems"] == ["0 TMA copies for 1 descriptor loads"] and not row["ok"]
+    assert "0 TMA copies for 1 descriptor loads" in row["problems"] and not row["ok"]
 
 
 def test_cache_gives_the_same_rows(toy_rows: dict, tmp_path: Path) -> None:

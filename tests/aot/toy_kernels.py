@@ -33,6 +33,13 @@ def matmul_kernel(a_ptr, b_ptr, c_ptr, k, M: tl.constexpr, N: tl.constexpr, K: t
 
 
 @triton.jit
+def descriptor_copy_kernel(x_desc, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    at = tl.program_id(0) * ROWS
+    offsets = (at + tl.arange(0, ROWS))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out_ptr + offsets, x_desc.load([at, 0]))
+
+
+@triton.jit
 def silent_kernel(x_ptr, n, BLOCK: tl.constexpr):
     tl.load(x_ptr + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < n, other=0.0)
 
@@ -72,6 +79,9 @@ def aot_cases() -> list[AotCase]:
         _matmul("big_smem_matmul", "bf16", (256, 128, 128), stages=4, warps=8),
         _matmul("fma_matmul", "fp32", (32, 32, 32), stages=1, precision="ieee"),
         _matmul("fma_matmul_ok", "fp32", (32, 32, 32), stages=1, precision="ieee", fma_ok=True),
+        AotCase("descriptor_copy", descriptor_copy_kernel,
+                {"x_desc": "tensordesc<bf16[32, 64]>", "out_ptr": "*bf16"},
+                {"ROWS": 32, "COLUMNS": 64}, descriptors=1, divisible=("out_ptr",)),
         AotCase("silent", silent_kernel, {"x_ptr": "*fp32", "n": "i32"}, {"BLOCK": 128}),
         AotCase("broken", broken_kernel, {"x_ptr": "*fp32"}, {"BLOCK": 128}),
-    ]
+    ]  # fmt: skip
