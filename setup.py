@@ -238,8 +238,8 @@ class BuildExt(build_ext):
                 objects.append(ninja.compile(source, kernel_flags, nvcc, "_cu"))
             else:  # no CUDA headers
                 objects.append(ninja.compile(source, binding_flags, cxx))
-        # The CUDA runtime is linked in. libtorch names libtorch_cuda as its own need where torch
-        # has CUDA, so the current stream is found through it, and nothing here names a CUDA version.
+        # The CUDA runtime is linked in, and where torch has CUDA its libtorch needs libtorch_cuda,
+        # through which the current stream is found: nothing here names a version of CUDA.
         libraries = f"-L{base}/lib -ltorch -ltorch_cpu -lc10"
         link = f"-cudart static -Xlinker --no-as-needed,--exclude-libs=ALL {libraries}"
         ninja.link(objects, target, link, nvcc)

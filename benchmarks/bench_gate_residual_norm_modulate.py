@@ -13,7 +13,7 @@ from sora_kernels.ops.gate_residual_norm_modulate import gate_residual_norm_modu
 from sora_kernels.rows import RowMap
 
 from .bench_gate_residual import BEYOND_CACHE, SAMPLES, SHAPES, per_sample
-from .registry import DTYPES, Case, Context, Inputs, op_cases
+from .registry import DTYPES, Case, Context, Inputs, ahead_of_time, op_cases
 
 
 def ours(
@@ -58,6 +58,7 @@ def cases(context: Context) -> Iterable[Case]:
                 inputs=partial(inputs, tokens, width, rows, dtype),
                 ours=ours,
                 plain=plain,
+                peers=ahead_of_time("gate_residual_norm_modulate", ours, context),
                 bytes={
                     # x, y, gate, shift, scale -> residual, normed
                     "fwd": per_row * (4 * tokens + 3 * rows),

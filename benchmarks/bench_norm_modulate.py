@@ -12,7 +12,7 @@ from torch import Tensor
 from sora_kernels.ops.norm_modulate import norm_modulate
 from sora_kernels.rows import RowMap
 
-from .registry import DTYPES, Case, Context, Inputs, op_cases
+from .registry import DTYPES, Case, Context, Inputs, ahead_of_time, op_cases
 
 BEYOND_CACHE = (16384, 1152)  # DiT-XL's width, as many tokens as a short clip of 480p
 # (tokens, width): DiT-S, DiT-XL, Wan 1.3B, FLUX/Hunyuan-like, Wan 14B
@@ -58,6 +58,7 @@ def cases(context: Context) -> Iterable[Case]:
                 inputs=partial(inputs, tokens, width, rows, dtype),
                 ours=ours,
                 plain=plain,
+                peers=ahead_of_time("norm_modulate", ours, context),
                 bytes={
                     "fwd": per_row * (2 * tokens + 2 * rows),  # x, shift, scale -> y
                     "bwd": per_row * (3 * tokens + 3 * rows),  # dy, x, scale -> dx, dshift, dscale

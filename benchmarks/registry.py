@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from sora_kernels import backend
+
 Inputs = dict[str, Any]
 Run = Callable[[], object]
 Provider = Callable[[Inputs], Run]
@@ -121,6 +123,22 @@ def backward(function: Callable[..., object], grads: Sequence[str]) -> Provider:
         return lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)
 
     return build
+
+
+def ahead_of_time(
+    op: str, ours: Callable[..., object], context: Context
+) -> dict[str, Callable[..., object]]:
+    """On CUDA the provider ``cuda``: our op by the kernels of csrc/cuda instead of Triton's."""
+    if not context.device.startswith("cuda"):
+        return {}
+
+    def function(**inputs: Any) -> object:
+        if reason := backend.why_not(op, "native", "cuda"):
+            raise Unavailable(reason)
+        with backend.use_backend("native"):
+            return ours(**inputs)
+
+    return {"cuda": function}
 
 
 def compiled(function: Callable[..., object]) -> Callable[..., object]:

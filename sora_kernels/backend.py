@@ -40,7 +40,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _native_ops: set[str] = set()  # ops whose CPU kernel the loaded C++ library provides
 _cuda_ops: dict[str, bool] = {}  # raw ops meant for the CUDA library -> whether it has them
 _measured: dict[str, list[dict[str, Any]]] = {}  # op -> where `native` is faster on CUDA
-_calls: dict[str, Callable[..., Any]] = {}  # raw ops past their guards
+_calls: dict[tuple[str, str, bool], Callable[..., Any]] = {}  # raw ops past their guards
 _override: str | None = None
 _decisions: dict[tuple[str, str], tuple[str, str]] = {}  # (op, device) -> (backend, reason)
 _settled: dict[tuple[str, bool, torch.dtype], str] = {}  # calls that take the device's fast path
@@ -178,15 +178,15 @@ def implementation(op: str, direction: str, chosen: str, tensor: Tensor) -> Call
     """What runs ``op`` ("fwd" or "bwd") for a backend other than the reference."""
     if chosen == "triton" and not tensor.is_cuda:  # the interpreter
         return _launcher(op, direction)
-    name = (
-        f"{op}_{direction}_cuda" if chosen == "native" and tensor.is_cuda else f"{op}_{direction}"
-    )
+    ahead = tensor.is_cuda and chosen == "native"
+    call = None if torch.compiler.is_compiling() else _calls.get((op, direction, ahead))
+    if call is not None:
+        return call
+    name = f"{op}_{direction}_cuda" if ahead else f"{op}_{direction}"
+    raw: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     if torch.compiler.is_compiling():
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
-    call = _calls.get(name)
-    if call is None:
-        raw = getattr(getattr(torch.ops, NAMESPACE), name).default
-        call = _calls[name] = functools.partial(_below_autograd, raw)
+        return raw
+    call = _calls[op, direction, ahead] = functools.partial(_below_autograd, raw)
     return call
 
 

@@ -22,8 +22,10 @@ def expected_skips() -> set[str]:
         reasons |= {"there is a GPU, so the lane would run"}
     else:
         reasons |= {"needs an NVIDIA GPU"}
-    if torch.version.cuda is not None:
-        reasons |= {"this torch has CUDA, so the mode may work here"}
+    from sora_kernels import _ext
+
+    if not _ext.cuda_loaded:
+        reasons |= {"the CUDA library is not built"}
     if shutil.which("nvcc") is None:
         reasons |= {"nvcc is not on PATH"}
     return reasons

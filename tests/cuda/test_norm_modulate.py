@@ -114,8 +114,7 @@ def test_strided_inputs_and_expanded_gradients() -> None:
         view = frame[:, 1:8, offset : offset + 48]
         view.copy_(randn(3, 7, 48, seed=3))
         arguments = {"x": view.detach().requires_grad_()}
-        arguments |= {n: m for n, m in zip(USUAL, randn(3, 6 * 48, seed=4).chunk(6, -1)[2:4],
-                                           strict=True)}  # fmt: skip
+        arguments |= dict(zip(USUAL, randn(3, 6 * 48, seed=4).chunk(6, -1)[2:4], strict=True))
         for upstream in (torch.ones(()).expand(3, 7, 48), randn(48, seed=8).expand(3, 7, 48)):
             with use_backend("native"):
                 cpu = run(arguments, [upstream])

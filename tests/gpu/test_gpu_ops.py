@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import sora_kernels as sk
+from sora_kernels import backend
 from sora_kernels.backend import interpreting
 from tests.helpers import check, poisoned, randn
 
@@ -179,6 +180,27 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+#: Every case on what CUDA runs by default, and on the ahead-of-time kernels where there are some.
+RUNS = [(name, None) for name in CASES]
+RUNS += [
+    (name, "native") for name in CASES if f"{name.split('-')[0]}_fwd_cuda" in backend.cuda_ops()
+]
+IDS = [f"{name}-{chosen}" if chosen else name for name, chosen in RUNS]
+
+
+@pytest.fixture
+def chosen(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """Forces the backend of a run."""
+    op = request.node.callspec.params["name"].split("-")[0]
+    if request.param == "native" and backend.why_not(op, "native", "cuda"):
+        pytest.skip("the CUDA library is not built")
+    with sk.use_backend(request.param):
+        yield request.param
+
+
+every_run = pytest.mark.parametrize(("name", "chosen"), RUNS, ids=IDS, indirect=["chosen"])
+
+
 def make_inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return {
         name: randn(*shape, dtype=dtype, seed=i).to(DEVICE)
@@ -218,18 +240,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("name", CASES)
-def test_accuracy_forward_and_backward(name: str, dtype: torch.dtype) -> None:
+@every_run
+def test_accuracy_forward_and_backward(name: str, chosen: str | None, dtype: torch.dtype) -> None:
     case = CASES[name]()
     inputs = make_inputs(case, dtype)
     with poisoned():
         got = run(case.call, inputs, dtype_name(dtype))
-    assert f"{case.op} on cuda: triton" in sk.explain().splitlines()
+    if chosen is None:
+        assert f"{case.op} on cuda: triton" in sk.explain().splitlines()
     assert_within_bounds(case, got, inputs, dtype_name(dtype))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_run_gives_the_same_bits(name: str) -> None:
+@every_run
+def test_every_run_gives_the_same_bits(name: str, chosen: str | None) -> None:
     case = CASES[name]()
     inputs = make_inputs(case, torch.bfloat16)
     first = run(case.call, inputs, "bfloat16")
@@ -238,8 +261,8 @@ def test_every_run_gives_the_same_bits(name: str) -> None:
         assert all(torch.equal(first[key], again[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_compiles_into_one_graph(name: str) -> None:
+@every_run
+def test_compiles_into_one_graph(name: str, chosen: str | None) -> None:
     torch.compiler.reset()
     case = CASES[name]()
     inputs = make_inputs(case, torch.bfloat16)
@@ -248,8 +271,8 @@ def test_compiles_into_one_graph(name: str) -> None:
     assert_within_bounds(case, got, inputs, "bfloat16")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_cuda_graph_replays_with_new_data(name: str) -> None:
+@every_run
+def test_a_cuda_graph_replays_with_new_data(name: str, chosen: str | None) -> None:
     case = CASES[name]()
     static = make_inputs(case, torch.bfloat16)
     fresh = {key: torch.flip(x, (0,)).clone() for key, x in static.items()}
