@@ -75,7 +75,8 @@ def chain(
 def windows(clip: Tensor, scene: Scene) -> list[dict[str, bool | float | None]]:
     """What is right in every window after the given one.
 
-    all: every attribute, readable, moving at DISTANCE of the true speed. speed_ratio: over the true one.
+    speed_ratio: read speed over the true one. motion: that is within DISTANCE. all: this and every
+    attribute.
     """
     item = scene.objects[0]
     step = np.diff(np.array(item.path[:2]), axis=0)[0]

@@ -153,8 +153,9 @@ def joint(
     flags["readable"] = all(item is not None and item.readable >= readable for item in objects)
     flags["motion"] = None
     if frames > 1:
+        pan = np.arange(frames)[:, None] * np.array(reading.camera or (0.0, 0.0))
         flags["motion"] = all(
-            moved(places(item, frames), want, side, turns)
+            moved(places(item, frames) + pan, want, side, turns)
             for item, want in zip(objects, wanted, strict=True)
         )
     flags["all"] = all(flag for flag in flags.values() if flag is not None)

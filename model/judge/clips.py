@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.grammar import COLOURS, DIRECTIONS, SHAPES, Wanted, parse
+from model.grammar import COLOURS, DIRECTIONS, SHAPES, Wanted, parse, words
 from model.judge.frozen import stamp
-from model.metrics import joint, rate
+from model.metrics import READABLE, joint, rate
 from model.oracle import read
 from model.video import from_uint8, read_image, read_video
 
@@ -89,10 +89,11 @@ def score_folder(folder: Path, prompts: Path) -> dict[str, Any]:
         clip = read_clip(by_key[key])
         frames, side = clip.shape[1], min(clip.shape[2:])
         reading = read(clip)
-        flags = joint(reading, parse(asked[key]), frames, side)
+        flags = joint(reading, parse(asked[key]), frames, side, *allowances(asked[key]))
         rows.append({"name": key, "prompt": asked[key], "missing": False, **flags})
         other = asked[keys[(number + 1) % len(keys)]]
-        shuffled.append(joint(reading, parse(other), frames, side)["all"])
+        flags = joint(reading, parse(other), frames, side, *allowances(other))
+        shuffled.append(flags["all"])
     metrics = {
         name: value.json()
         for name in ("shape", "colour", "size", "direction", "speed", "count", "readable", "motion",
@@ -113,6 +114,14 @@ def score_folder(folder: Path, prompts: Path) -> dict[str, Any]:
         "void": len(keys) > 1 and floor.high >= metrics["all"]["low"],
         "rows": rows,
     }
+
+
+def allowances(prompt: str) -> tuple[bool, float]:
+    """Whether the prompt's objects turn, and the fraction of frames that must be readable: less
+    when an object leaves the frame or is hidden."""
+    said = set(words(prompt))
+    readable = 0.25 if "leaving" in said else 0.5 if "front" in said else READABLE
+    return bool(said & {"bouncing", "collide"}), readable
 
 
 def chance_of(wanted: tuple[Wanted, ...]) -> float:
