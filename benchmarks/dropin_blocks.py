@@ -217,9 +217,10 @@ def allegro() -> Family:
 
     def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
         frames, height, width = GRID
-        *tables, t, h, w = get_3d_rotary_pos_embed_allegro(
+        made: Any = get_3d_rotary_pos_embed_allegro(
             96, ((0, 0), (height, width)), (height, width), frames, (2.2, 2.0, 2.0)
         )
+        *tables, t, h, w = made
         places = torch.cartesian_prod(t.long(), h.long(), w.long()).T.reshape(3, 1, -1)
         rotary = tuple(tables), tuple(places.contiguous())
         x, given = randn(2, TOKENS, 2304, dtype=dtype), randn(2, text, 2304, dtype=dtype)

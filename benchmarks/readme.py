@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("benchmarks", "families")))
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 OURS = "sora_kernels"
 # README shows one size of each op, beyond the cache; docs/benchmarks.md shows all.
@@ -114,30 +114,96 @@ def end_to_end() -> str:
     return table(header, rows) + "\n\n" + conditions(report)
 
 
+def dropin_reports() -> list[dict[str, Any]]:
+    """Blocks of diffusers; families may be measured one by one, into ``dropin*.json``."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("dropin*.json"))]
+
+
+def dropin_rows() -> dict[tuple[str, str, str, str], dict[str, Any]]:
+    """(case, dtype, mode, provider) -> row, from all reports."""
+    return {
+        (r["case"], r["dtype"], r["mode"], r["provider"]): r
+        for report in dropin_reports()
+        for r in report["rows"]
+    }
+
+
+def dropin_conditions() -> str:
+    return "\n\n".join(dict.fromkeys(conditions(report) for report in dropin_reports()))
+
+
 def dropin() -> str:
-    """Blocks of diffusers: milliseconds of every way, and the patched block against upstream's."""
-    report = load(RESULTS / "dropin.json")
-    if report is None:
-        return "Not measured yet."
-    times = {(r["case"], r["dtype"], r["mode"], r["provider"]): r["p50_ms"] for r in report["rows"]}
-    ways = ("plain", "compile", OURS, "patched_compile")
+    """One line per family: how much faster and smaller an accelerated block is."""
+    found = dropin_rows()
+    first: dict[str, str] = {}  # family -> the case of its first block
+    for (case, *_, provider), row in found.items():
+        if provider == OURS and not case.endswith(LORA):
+            first.setdefault(row["op"], case)
     rows = []
-    for row in report["rows"]:
-        if row["provider"] == OURS:
-            key = (row["case"], row["dtype"], row["mode"])
-            found = [times.get((*key, way)) for way in ways]
+    for case in first.values():
+        ways = ((case, "fp32", "fwd"), (case, "bf16", "fwd"),
+                (case + LORA, "fp32", "fwd+bwd"), (case, "fp32", "fwd+bwd"))  # fmt: skip
+        rows.append([case, *(_faster(found, way) for way in ways), _smaller(found, ways[2])])
+    if not rows:
+        return "Not measured yet."
+    header = ("block", "inference, fp32", "inference, bf16", "LoRA training, fp32",
+              "full training, fp32", "memory of a LoRA step, MB")  # fmt: skip
+    return table(header, rows) + "\n\n" + dropin_conditions()
+
+
+LORA = ", LoRA"
+
+
+def _faster(found: Mapping[Any, Mapping[str, Any]], way: tuple[str, str, str]) -> str:
+    """Against upstream's block, and (in brackets) both of them compiled; below 1 we lose."""
+    ours, compiled = found.get((*way, OURS)), found.get((*way, "patched_compile"))
+    if ours is None:
+        return "-"
+    plain = ours.get("paired", {}).get("plain")
+    theirs = found.get((*way, "compile"))
+    both = "-"
+    if compiled is not None and theirs is not None:
+        both = f"{theirs['p50_ms'] / compiled['p50_ms']:.2f}"
+    return f"{plain['median']:.2f} ({both})" if plain else f"- ({both})"
+
+
+def _smaller(found: Mapping[Any, Mapping[str, Any]], way: tuple[str, str, str]) -> str:
+    ours, plain = found.get((*way, OURS)), found.get((*way, "plain"))
+    if ours is None or plain is None:
+        return "-"
+    return f"{ours['peak_mem_mb']:.0f} of {plain['peak_mem_mb']:.0f}"
+
+
+def all_dropin() -> str:
+    """Every block: milliseconds and megabytes of all four ways."""
+    found = dropin_rows()
+    providers = ("plain", "compile", OURS, "patched_compile")
+    rows = []
+    for (*key, provider), row in found.items():
+        if provider == OURS:
+            four = [found.get((*key, p)) for p in providers]
             rows.append(
                 [
                     " ".join(key),
-                    *("-" if ms is None else f"{ms:.0f}" for ms in found),
+                    *("-" if r is None else f"{r['p50_ms']:.0f}" for r in four),
                     against(row, "plain"),
+                    " / ".join("-" if r is None else f"{r['peak_mem_mb']:.0f}" for r in four),
                 ]
             )
+    if not rows:
+        return "Not measured yet."
     header = (
         "block", "upstream, ms", "compiled", "accelerated", "accelerated + compiled",
-        "accelerated is faster than upstream",
+        "accelerated is faster than upstream", "peak MB of the four",
     )  # fmt: skip
-    return table(header, rows) + "\n\n" + conditions(report)
+    refused = [
+        f"- {item['case']}{', ' + item['provider'] if 'provider' in item else ''}: "
+        f"{item.get('reason') or item['error']}"
+        for report in dropin_reports()
+        for item in (*report["env"]["skipped"], *report["env"]["errors"])
+    ]
+    notes = ["Not in the table, with the reason:\n\n" + "\n".join(refused)] if refused else []
+    return "\n\n".join([table(header, rows), *notes, dropin_conditions()])
 
 
 def scores() -> str:
@@ -180,6 +246,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "block": lambda: timings("block"),
     "e2e": end_to_end,
     "dropin": dropin,
+    "all_dropin": all_dropin,
     "scores": scores,
 }
 

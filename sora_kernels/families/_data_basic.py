@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._rows import LAYER, STREAM, Block, Site
+from ._rows import LAYER, STREAM, TEXT, Block, Processor, Site
 
 _ATTENTION = "diffusers.models.attention"
 _PATH = f"{_ATTENTION}.BasicTransformerBlock"
@@ -56,5 +56,14 @@ BLOCKS: tuple[Block, ...] = (
             Site("ff", "gate_residual", STREAM),
         ),
         sources=_SOURCES,
+        processors=(
+            Processor(
+                attention="attn2",
+                upstream=f"{_ATTENTION}_processor.AttnProcessor2_0",
+                ours="cross.PackedAttnProcessor",
+                site=TEXT,
+                sources={f"{_ATTENTION}_processor.AttnProcessor2_0.__call__": "a89d46dc24b4b439"},
+            ),
+        ),
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._rows import LAYER, ONCE, STREAM, Block, Processor, Site
+from ._rows import LAYER, ONCE, STREAM, TEXT, Block, Processor, Site
 
 _MODELS = "diffusers.models.transformers"
 _NORMS = "diffusers.models.normalization"
@@ -74,6 +74,13 @@ BLOCKS: tuple[Block, ...] = (
                     f"{_LTX}.LTXVideoAttnProcessor.__call__": "78517be82dc26323",
                     f"{_LTX}.apply_rotary_emb": "7acea12ce4802628",
                 },
+            ),
+            Processor(
+                attention="attn2",
+                upstream=f"{_LTX}.LTXVideoAttnProcessor",
+                ours="ltx_cross.PackedLTXVideoAttnProcessor",
+                site=TEXT,
+                sources={f"{_LTX}.LTXVideoAttnProcessor.__call__": "78517be82dc26323"},
             ),
         ),
     ),
@@ -157,6 +164,13 @@ BLOCKS: tuple[Block, ...] = (
                     f"{_PROCESSORS}.AllegroAttnProcessor2_0.__call__": "09391e058bb29c90",
                     "diffusers.models.embeddings.apply_rotary_emb_allegro": "4f27032c97eabadc",
                 },
+            ),
+            Processor(
+                attention="attn2",
+                upstream=f"{_PROCESSORS}.AllegroAttnProcessor2_0",
+                ours="cross.PackedAllegroAttnProcessor",
+                site=TEXT,
+                sources={f"{_PROCESSORS}.AllegroAttnProcessor2_0.__call__": "09391e058bb29c90"},
             ),
         ),
     ),

@@ -22,6 +22,10 @@ class Site:
     law: Points
 
 
+#: A cross-attention whose mask leaves few tokens of the text.
+TEXT = Site("attn2.text", "packed_attention", ONCE)
+
+
 @dataclass(frozen=True)
 class Processor:
     """An attention processor of the block and the subclass that takes its place.

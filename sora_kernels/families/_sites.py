@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..laws import Point
 from ..packing import Rope
+
+Made = TypeVar("Made")
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALVES)
@@ -114,11 +116,47 @@ def normed_law(law: int, x: Tensor) -> int:
     return law
 
 
-_last_rope: list[Any] = []
-
-
 def _forget(kept: list[Any], _: Any) -> None:
     kept.clear()
+
+
+def readable_mask(mask: Any) -> bool:
+    """True if the numbers of this mask may be looked at, and kept while the next blocks bring it.
+
+    Not while compiling or capturing a graph, nor those of a tensor that is learned or that does not
+    count its changes.
+    """
+    return (
+        type(mask) is Tensor
+        and not torch.compiler.is_compiling()
+        and not mask.requires_grad
+        and not mask.is_inference()
+        and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
+    """``make(mask, *numbers)``, kept while the next blocks bring the very same tensor.
+
+    One entry, which goes when the tensor does. On a GPU reading a mask waits for the device: so
+    that happens once for all blocks of a step.
+    """
+    last: list[Any] = []
+
+    @functools.wraps(make)
+    def call(mask: Tensor, *numbers: int) -> Made:
+        if not readable_mask(mask):
+            return make(mask, *numbers)
+        key = (mask._version, *numbers)
+        if not last or last[0]() is not mask or last[1] != key:
+            made = make(mask, *numbers)
+            last[:] = [weakref.ref(mask, functools.partial(_forget, last)), key, made]
+        return cast(Made, last[2])
+
+    return call
+
+
+_last_rope: list[Any] = []
 
 
 def remembered_rope(cos: Tensor, sin: Tensor, heads: int, make: Callable[..., Rope]) -> Rope:

@@ -59,7 +59,7 @@ class Case:
     fp32: tuple[str, ...] = ()
     lora: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     cache: bool = True  # whether the model works with a cache of diffusers' first block
-    compile: bool = False  # once per skeleton
+    compile: bool | str = True  # or "restored"; False where another case has the same blocks
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -413,7 +413,7 @@ class FamilyTests:
         close({"": counts[1][1]}, {"": counts[0][1]}, 2e-5)
 
     def test_compile(self, model: Any) -> None:
-        """Repeated blocks without a graph break, ours before or after."""
+        """Repeated blocks without a graph break; for one family with upstream's in between."""
         if not self.case.compile:
             return
         want = run(model, self.inputs())
@@ -424,8 +424,9 @@ class FamilyTests:
             for block in blocks(model):
                 block.compile(fullgraph=True, backend="aot_eager")
         close({"": run(model, self.inputs())}, {"": want}, 2e-5)
-        restore(model)
-        close({"": run(model, self.inputs())}, {"": want}, 2e-5)
-        accelerate(model)
-        close({"": run(model, self.inputs())}, {"": want}, 2e-5)
+        if self.case.compile == "restored":
+            restore(model)
+            close({"": run(model, self.inputs())}, {"": want}, 2e-5)
+            accelerate(model)
+            close({"": run(model, self.inputs())}, {"": want}, 2e-5)
         torch.compiler.reset()

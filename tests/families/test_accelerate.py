@@ -13,6 +13,7 @@ from typing import Any
 import accelerate as hf_accelerate
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
@@ -105,7 +106,11 @@ def test_instances_only(model: Any, given: dict[str, Any]) -> None:
     )
 
 
-def test_processors_keep_their_attributes(model: Any, given: dict[str, Any]) -> None:
+def test_processors_keep_their_attributes(
+    model: Any, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    active = _AttentionBackendRegistry._active_backend  # setting one for a model sets this too
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", active)
     model.blocks[0].attn1.processor._attention_backend = "native"
     model.blocks[0].attn1.processor.note = 1
     accelerate(model)

@@ -39,7 +39,7 @@ def inputs(dtype: torch.dtype) -> dict[str, Any]:
         "hidden_states": randn(2, 4, 3, 8, 6, seed=1).to(dtype),
         "encoder_hidden_states": randn(2, 5, 12, seed=2).to(dtype),
         "timestep": torch.tensor([3, 700]),
-        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+        "encoder_attention_mask": torch.tensor([[1, 0, 1, 0, 0], [1, 1, 1, 0, 0]]),
         "image_rotary_emb": rotary(24, 3, 4, 3),
     }
 
@@ -91,15 +91,3 @@ def test_autocast() -> None:
         got = wide(*given)
     assert got.dtype is want.dtype is torch.float32
     close({"": got}, {"": want}, 1e-2)
-
-
-def test_compiled_blocks() -> None:
-    """Without a graph break; upstream does not name the blocks for `compile_repeated_blocks`."""
-    compiled = model()
-    given = inputs(torch.float32)
-    want = run(compiled, given)
-    accelerate(compiled, strict=True)
-    for layer in compiled.transformer_blocks:  # type: ignore[union-attr]
-        layer.compile(fullgraph=True, backend="aot_eager")
-    close({"": run(compiled, given)}, {"": want}, 2e-5)
-    torch.compiler.reset()

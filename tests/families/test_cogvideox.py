@@ -51,7 +51,7 @@ def block_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 class TestCogVideoX(FamilyTests):
-    case = Case(model, inputs, block, block_inputs, ("attn1", "ff"), compile=True)
+    case = Case(model, inputs, block, block_inputs, ("attn1", "ff"))
 
 
 def test_without_a_rotation() -> None:

@@ -31,7 +31,7 @@ def inputs(dtype: torch.dtype) -> dict[str, Any]:
         "hidden_states": randn(2, 24, 4, seed=1).to(dtype),
         "encoder_hidden_states": randn(2, 5, 12, seed=2).to(dtype),
         "timestep": torch.tensor([[3], [700]]),
-        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+        "encoder_attention_mask": torch.tensor([[1, 0, 1, 0, 0], [1, 1, 1, 0, 0]]),
         "num_frames": 2,
         "height": 3,
         "width": 4,
@@ -50,7 +50,7 @@ def block_inputs(dtype: torch.dtype, times: int = 1) -> tuple[Any, ...]:
 
 
 class TestLTX(FamilyTests):
-    case = Case(model, inputs, block, block_inputs, ("attn1", "attn2", "ff"), compile=True)
+    case = Case(model, inputs, block, block_inputs, ("attn1", "attn2", "ff"))
 
 
 class TestLTXTokens(FamilyTests):
@@ -64,7 +64,8 @@ class TestLTXTokens(FamilyTests):
     def block_inputs_per_token(dtype: torch.dtype) -> tuple[Any, ...]:
         return block_inputs(dtype, times=48)
 
-    case = Case(model, inputs_per_token, block, block_inputs_per_token, ("attn1", "attn2", "ff"))
+    case = Case(model, inputs_per_token, block, block_inputs_per_token, ("attn1", "attn2", "ff"),
+                compile=False)  # fmt: skip
 
 
 def test_norms_with_a_weight_are_left_alone() -> None:

@@ -60,7 +60,7 @@ def block_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 class TestMochi(FamilyTests):
-    case = Case(model, inputs, block, block_inputs, ("attn1", "ff_context", "ff"), compile=False)
+    case = Case(model, inputs, block, block_inputs, ("attn1", "ff_context", "ff"))
 
 
 def last_block() -> nn.Module:
@@ -153,15 +153,3 @@ def test_a_gate_wider_than_its_branch_runs_upstreams_code() -> None:
 class Widened(nn.SiLU):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float())
-
-
-def test_compiled_blocks() -> None:
-    """Without a graph break; upstream does not name the blocks for `compile_repeated_blocks`."""
-    compiled = model()
-    given = inputs(torch.float32)
-    want = run(compiled, given)
-    accelerate(compiled, strict=True)
-    for layer in compiled.transformer_blocks:  # type: ignore[union-attr]
-        layer.compile(fullgraph=True, backend="aot_eager")
-    close({"": run(compiled, given)}, {"": want}, 2e-5)
-    torch.compiler.reset()

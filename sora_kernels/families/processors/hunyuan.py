@@ -9,7 +9,6 @@ The order of calls is that of ``HunyuanVideoAttnProcessor2_0.__call__`` in diffu
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from torch import Tensor
 
 from ...ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_joint
+from .._sites import readable_mask, remembered
 from ._joint import rope_of, rows_of, same_dtype, why_norms_left
 
 
@@ -101,34 +101,24 @@ class FusedHunyuanVideoAttnProcessor(HunyuanVideoAttnProcessor2_0):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-_last_mask: list[Any] = []
-
-
 def key_lengths(mask: Any, key: Tensor) -> list[int] | None:
     """How many keys of each sample a mask ``[B, 1, 1, N]`` leaves, if these are its first ones.
 
-    Reads the mask once, on a GPU that is one synchronisation for all blocks of a step: the model
-    hands the same mask to each. None (the mask stays) for any other mask, and where nothing can be
-    read or kept: compiled code, captured graphs, inference tensors.
+    Reads the mask once for all blocks of a step. None (the mask stays) for any other mask, and
+    where nothing can be read or kept.
     """
-    if (
-        torch.compiler.is_compiling()
-        or type(mask) is not Tensor
-        or mask.dtype is not torch.bool
-        or mask.shape != (key.shape[0], 1, 1, key.shape[1])
-        or mask.is_inference()
-        or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
-    ):
+    if not readable_mask(mask) or mask.dtype is not torch.bool:
         return None
-    if _last_mask and _last_mask[0]() is mask and _last_mask[1] == mask._version:
-        return _last_mask[2]
+    return _lengths(mask) if mask.shape == (key.shape[0], 1, 1, key.shape[1]) else None
+
+
+@remembered
+def _lengths(mask: Tensor) -> list[int] | None:
     keys = mask[:, 0, 0]
     counts = keys.sum(1)
     first = torch.arange(keys.shape[1], device=keys.device) < counts[:, None]
     *lengths, regular = torch.cat([counts, (keys == first).all()[None]]).tolist()
-    known = lengths if regular and min(lengths) > 0 else None
-    _last_mask[:] = [weakref.ref(mask, lambda _: _last_mask.clear()), mask._version, known]
-    return known
+    return lengths if regular and min(lengths) > 0 else None
 
 
 def why_left(attn: Any) -> str | None:
