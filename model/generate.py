@@ -16,9 +16,8 @@ from torch import Tensor
 
 from model import modes
 from model.cli import Parser, positive, progress_bar, run
-from model.condition import GivenClip
 from model.modes import Job
-from model.sample import DEFAULT, Sampling
+from model.sample import Sampling
 from model.stack import CHECKPOINT, Size, Stack, load_stack
 from model.video import contact_sheet, read_image, read_video, write_image, write_video
 
@@ -31,29 +30,6 @@ BELONGS = {"direction": "extend", "times": "extend", "strength": "edit", "factor
            "frames_mask": "fill"}  # fmt: skip
 
 Progress = Callable[[int], None]
-
-
-def generate(
-    stack: Stack,
-    prompts: Sequence[str],
-    sizes: Sequence[Size],
-    *,
-    seed: int = 0,
-    sampling: Sampling = DEFAULT,
-    starts: Sequence[Tensor | None] | None = None,
-    progress: Progress | None = None,
-) -> list[Tensor]:
-    """Clips [3, T, H, W] in [-1, 1], one per prompt, all sampled in one pack.
-
-    Clip i has the noise of `seed + i`. starts: for each clip its known first frames
-    [3, 1 + 4k, H, W], or None.
-    """
-    jobs = []
-    for i, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
-        start = None if starts is None else starts[i]
-        given = () if start is None else (GivenClip(start, 0),)
-        jobs.append(Job(prompt, size, given, seed=seed + i))
-    return modes.run(stack, jobs, sampling, progress)
 
 
 # --- from options to jobs ------------------------------------------------------------------------

@@ -15,7 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from model.cli import Parser, run
-from model.generate import CHECKPOINT, Size, generate, load_stack
+from model.modes import run as make
+from model.modes import text_to_video
+from model.stack import CHECKPOINT, Size, load_stack
 from model.video import to_uint8
 
 PROMPTS: tuple[tuple[str, Size], ...] = (
@@ -36,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     stack = load_stack(args.checkpoint)
     prompts = [prompt for prompt, _ in PROMPTS]
-    clips = generate(stack, prompts, [size for _, size in PROMPTS], seed=args.seed)
+    jobs = [text_to_video(*wanted, args.seed + i) for i, wanted in enumerate(PROMPTS)]
+    clips = make(stack, jobs)
     columns = max(clip.shape[1] for clip in clips)
     figure, axes = plt.subplots(
         len(clips), columns, figsize=(columns * 1.05, len(clips) * 1.2), squeeze=False

@@ -1,8 +1,7 @@
-"""The command that turns a prompt into a video, and the evaluation, on a tiny random checkpoint."""
+"""The command that turns a prompt and known frames into a video, on a tiny random checkpoint."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from model import evaluate, generate
+from model import generate, modes, modes_sheet
 from model.checkpoint import save_dit
 from model.config import DiTConfig
 from model.dit import DiT
 from model.sample import Sampling
+from model.stack import Size, load_stack
 from model.text import UnknownWords, Vocabulary
 from model.vae import VideoVAE, save_vae
 from model.video import read_video, write_image, write_video
@@ -135,11 +135,11 @@ def test_known_frames_are_kept(folder: Path, media: Path, tmp_path: Path) -> Non
 
 
 def test_the_seed_decides(folder: Path) -> None:
-    stack = generate.load_stack(folder)
-    few, size = Sampling(steps=2), generate.Size(32, 32, 5)
+    stack, few = load_stack(folder), Sampling(steps=2)
 
     def make(seed: int) -> torch.Tensor:
-        return generate.generate(stack, [PROMPT], [size], seed=seed, sampling=few)[0]
+        job = modes.text_to_video(PROMPT, Size(32, 32, 5), seed)
+        return modes.run(stack, [job], few)[0]
 
     assert torch.equal(make(3), make(3))
     assert not torch.allclose(make(3), make(4), atol=1e-2)
@@ -223,35 +223,15 @@ def test_the_process_says_one_line_and_exits_with_2(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
 
 
-# --- evaluation ----------------------------------------------------------------------------------
+# --- pictures ------------------------------------------------------------------------------------
 
 
-def test_wilson_interval_against_known_values() -> None:
-    low, high = evaluate.wilson(45, 50)  # Newcombe 1998 gives such intervals to three digits
-    assert low == pytest.approx(0.786, abs=2e-3) and high == pytest.approx(0.957, abs=2e-3)
-    assert evaluate.wilson(0, 10)[0] == 0 and evaluate.wilson(10, 10)[1] == 1
-    with pytest.raises(ValueError, match="right"):
-        evaluate.wilson(3, 2)
-
-
-def test_evaluation_writes_every_row(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "e.json"
-    names = ["one_object", "held_out", "image", "image_to_video", "two_objects"]
-    only = [text for name in names for text in ("--only", name)]
-    evaluate.main(["--checkpoint", str(folder), "--json", str(out), "--clips", "2",
-                   "--steps", "1", "--quiet", *only])  # fmt: skip
-    result = json.loads(out.read_text())
-    rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == names
-    for row in rows.values():
-        assert row["clips"] == 2
-        for provider in ("generated", "true_clip", "vae_round_trip"):
-            score = row[provider]["all"]
-            assert 0 <= score["low"] <= score["rate"] <= score["high"] <= 1
-    assert rows["one_object"]["true_clip"]["all"]["rate"] == 1.0
-
-
-def test_evaluation_refuses_a_missing_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="found none"):
-        evaluate.main(["--checkpoint", str(tmp_path), "--json", str(tmp_path / "e.json")])
-    assert list(tmp_path.iterdir()) == []
+def test_the_sheet_has_a_row_for_every_mode(folder: Path, tmp_path: Path) -> None:
+    drawn = modes_sheet.rows(0)
+    assert len({row.title for row in drawn}) == len(drawn) == 10
+    out = tmp_path / "new" / "sheet.png"
+    modes_sheet.main(["-o", str(out), "--checkpoint", str(folder), "--steps", "1"])
+    assert np.asarray(Image.open(out)).std() > 10
+    (row,) = [row for row in drawn if row.title == "connect"]
+    frames = modes_sheet.strip(row, torch.zeros(3, 9, 32, 32))
+    assert [known for _, known in frames] == [True] * 3 + [False] * 9 + [True] * 3

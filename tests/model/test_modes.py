@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -211,6 +212,7 @@ def test_the_memory_of_a_chain_does_not_grow(stack: Stack) -> None:
     """What the generator holds between two clips is the context, however long it has run."""
     size, one = Size(16, 16, 5), Sampling(steps=1, guidance=1.0)
     link = modes.chain(stack, PROMPT, size, 12, context=5, sampling=one)
+    assert isinstance(link, Generator)
     held = []
     for _ in range(12):
         next(link)
