@@ -19,12 +19,11 @@ from diffusers.models.normalization import (
 )
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoTokenReplaceAdaLayerNormZero,
+    HunyuanVideoTokenReplaceTransformerBlock,
 )
 from torch import Tensor, nn
 
-from ..rows import RowMap
 from ._adaln import continuous, gated, gated_modulated, why_left, zero, zero_x
-from ._patch import upstream_class
 from ._sites import why_unreadable
 from ._token_replace import prefix_rows, zero_replaced
 
@@ -100,63 +99,31 @@ def hunyuan_block(
     temb: Tensor,
     attention_mask: Tensor | None = None,
     freqs_cis: Any = None,
+    token_replace_emb: Any = None,
+    num_tokens: Any = None,
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """``HunyuanVideoTransformerBlock.forward``, which ignores the rest of its arguments."""
-    given = zero(block.norm1, hidden_states, temb, laws["norm1"])
-    return _hunyuan(
-        block, laws, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, given
-    )
-
-
-def hunyuan_replace_block(
-    block: Any,
-    laws: Laws,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    attention_mask: Tensor | None = None,
-    freqs_cis: Any = None,
-    token_replace_emb: Tensor | None = None,
-    num_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``HunyuanVideoTokenReplaceTransformerBlock.forward``: the first ``num_tokens`` of the video
-    are those of a given frame."""
-    x = hidden_states
-    if token_replace_emb is None or num_tokens is None or x.ndim != 3:
-        return upstream_class(block).forward(  # type: ignore[attr-defined]
-            block, x, encoder_hidden_states, temb, attention_mask, freqs_cis,
-            token_replace_emb, num_tokens,
-        )  # fmt: skip
-    rows = prefix_rows(x, num_tokens)
-    given = zero_replaced(block.norm1, x, temb, token_replace_emb, num_tokens, rows, laws["norm1"])
-    return _hunyuan(
-        block, laws, x, encoder_hidden_states, temb, attention_mask, freqs_cis, given, rows
-    )
-
-
-def _hunyuan(
-    block: Any,
-    laws: Laws,
-    x: Tensor,
-    text: Tensor,
-    temb: Tensor,
-    mask: Tensor | None,
-    rotary: Any,
-    given: tuple[Tensor, ...],
-    rows: RowMap | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Everything behind the video's first norm, whose result and modulation are ``given``."""
-    h, gate, shift, scale, gate2 = given
+    """``HunyuanVideoTransformerBlock.forward``, which ignores what follows ``freqs_cis``, and that
+    of ``HunyuanVideoTokenReplaceTransformerBlock``: the first ``num_tokens`` of the video are those
+    of a given frame, with a modulation of their own."""
+    x, text = hidden_states, encoder_hidden_states
+    rows = None
+    if isinstance(block, HunyuanVideoTokenReplaceTransformerBlock):
+        rows = prefix_rows(x, num_tokens)
+        h, gate, shift, scale, gate2 = zero_replaced(
+            block.norm1, x, temb, token_replace_emb, num_tokens, rows, laws["norm1"]
+        )
+    else:
+        h, gate, shift, scale, gate2 = zero(block.norm1, x, temb, laws["norm1"])
     h_text, gate_text, shift_text, scale_text, gate2_text = zero(
         block.norm1_context, text, temb, laws["norm1_context"]
     )
     y, y_text = block.attn(
         hidden_states=h,
         encoder_hidden_states=h_text,
-        attention_mask=mask,
-        image_rotary_emb=rotary,
+        attention_mask=attention_mask,
+        image_rotary_emb=freqs_cis,
     )
     x, h = gated_modulated(block.norm2, x, y, gate, shift, scale, laws["attn+norm2"], rows)
     text, h_text = gated_modulated(

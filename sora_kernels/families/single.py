@@ -14,12 +14,11 @@ import torch
 from diffusers.models.normalization import AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoTokenReplaceAdaLayerNormZeroSingle,
+    HunyuanVideoTokenReplaceSingleTransformerBlock,
 )
 from torch import Tensor
 
-from ..rows import RowMap
 from ._adaln import gated, why_left, zero
-from ._patch import upstream_class
 from ._token_replace import prefix_rows, zero_replaced
 
 Laws = dict[str, int]
@@ -71,59 +70,30 @@ def hunyuan_single(
     temb: Tensor,
     attention_mask: Tensor | None = None,
     image_rotary_emb: Any = None,
+    token_replace_emb: Any = None,
+    num_tokens: Any = None,
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """``HunyuanVideoSingleTransformerBlock.forward``, which ignores its other arguments."""
+    """``HunyuanVideoSingleTransformerBlock.forward``, which ignores what follows
+    ``image_rotary_emb``, and that of ``HunyuanVideoTokenReplaceSingleTransformerBlock``: the first
+    ``num_tokens`` are those of a given frame, with a modulation of their own. Text comes last."""
     x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-    given = zero(block.norm, x, temb, laws["norm"])
     length = encoder_hidden_states.shape[1]
-    return _hunyuan(block, laws, x, length, attention_mask, image_rotary_emb, given)
-
-
-def hunyuan_replace_single(
-    block: Any,
-    laws: Laws,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    attention_mask: Tensor | None = None,
-    image_rotary_emb: Any = None,
-    token_replace_emb: Tensor | None = None,
-    num_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``HunyuanVideoTokenReplaceSingleTransformerBlock.forward``: the first ``num_tokens`` are
-    those of a given frame."""
-    if token_replace_emb is None or num_tokens is None or hidden_states.ndim != 3:
-        return upstream_class(block).forward(  # type: ignore[attr-defined]
-            block, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb,
-            token_replace_emb, num_tokens,
-        )  # fmt: skip
-    x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-    rows = prefix_rows(x, num_tokens)
-    given = zero_replaced(block.norm, x, temb, token_replace_emb, num_tokens, rows, laws["norm"])
-    length = encoder_hidden_states.shape[1]
-    return _hunyuan(block, laws, x, length, attention_mask, image_rotary_emb, given, rows)
-
-
-def _hunyuan(
-    block: Any,
-    laws: Laws,
-    x: Tensor,
-    length: int,
-    mask: Tensor | None,
-    rotary: Any,
-    given: tuple[Tensor, ...],
-    rows: RowMap | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Everything behind the norm; text, ``length`` tokens, comes last."""
-    h, gate = given
+    rows = None
+    if isinstance(block, HunyuanVideoTokenReplaceSingleTransformerBlock):
+        rows = prefix_rows(x, num_tokens)
+        h, gate = zero_replaced(
+            block.norm, x, temb, token_replace_emb, num_tokens, rows, laws["norm"]
+        )
+    else:
+        h, gate = zero(block.norm, x, temb, laws["norm"])
     mlp = block.act_mlp(block.proj_mlp(h))
     y, y_text = block.attn(
         hidden_states=h[:, :-length],
         encoder_hidden_states=h[:, -length:],
-        attention_mask=mask,
-        image_rotary_emb=rotary,
+        attention_mask=attention_mask,
+        image_rotary_emb=image_rotary_emb,
     )
     y = block.proj_out(torch.cat([torch.cat([y, y_text], dim=1), mlp], dim=2))
     x = gated(x, y, gate, laws["proj_out"], rows)

@@ -147,6 +147,22 @@ def documented_counts(family: str) -> Counter[str]:
     return Counter({op: int(number) for number, op in found})
 
 
+def documented_points(family: str) -> set[str]:
+    """The points at which upstream rounds, of all sites; ``as X`` is that of another row."""
+    rows = documented()
+
+    def parts(name: str) -> list[set[str]]:
+        modulation, _, qk = rows[name]["law"].partition("; q and k")
+        found = [set(re.findall(r"`(\w+)`", text)) for text in (modulation, qk)]
+        same = [r for r in rows if modulation.startswith(f"as {r}")]
+        if same:
+            other = parts(max(same, key=len))
+            found = [found[0] | other[0], found[1] if qk else other[1]]
+        return found
+
+    return set.union(*parts(family))
+
+
 class FamilyTests:
     """Inherit, and set ``case``."""
 

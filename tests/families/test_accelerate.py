@@ -26,7 +26,15 @@ from sora_kernels.families._patch import class_path
 from sora_kernels.families.sources import known_sources, main
 from sora_kernels.packing import Rope
 from tests.families import test_wan
-from tests.families.common import FamilyTests, blocks, close, documented, documented_counts, run
+from tests.families.common import (
+    FamilyTests,
+    blocks,
+    close,
+    documented,
+    documented_counts,
+    documented_points,
+    run,
+)
 from tests.helpers import randn
 
 
@@ -235,6 +243,12 @@ def test_the_docs_list_every_family() -> None:
     for block in BLOCKS:
         assert documented_counts(block.family).total() > 0
         assert f"`{block.path.rsplit('.', 1)[1]}`" in documented()[block.family]["block class"]
+        sites = (*block.sites, *(p.site for p in block.processors))
+        points = {point for site in sites for point in site.law}
+        assert documented_points(block.family) == points, block.family
+        assert set(documented_counts(block.family)) == {site.op for site in sites}
+        for column in ("skeleton", "left alone"):
+            assert documented()[block.family][column]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.family)
