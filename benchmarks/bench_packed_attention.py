@@ -45,9 +45,9 @@ def mixed(tokens: int, shortest: int, longest: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-QUICK = (Shape("mixed", mixed(3072, 64, 1024), 6, 64),)
+QUICK = (Shape("one", (1024,), 6, 64), Shape("mixed", mixed(3072, 64, 1024), 6, 64))
 CPU = (
-    *QUICK,
+    QUICK[1],
     Shape("equal", (256,) * 16, 6, 64),
     Shape("one", (4096,), 6, 64),
     Shape("dit-xl mixed", mixed(4096, 64, 2048), 16, 72),
@@ -97,10 +97,14 @@ def padded(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, layout: An
     return out.transpose(1, 2)[used]
 
 
-def by_library(library: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Any:
+def by_library(
+    library: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, window: Any = None
+) -> Any:
     """A library forced by name, its backward as fast as it can."""
     try:
-        return packed_attention(q, k, v, layout, library=library, deterministic=False)
+        return packed_attention(
+            q, k, v, layout, window=window, library=library, deterministic=False
+        )
     except ValueError as error:  # says which library cannot run what, and why
         raise Unavailable(str(error)) from None
 
@@ -132,12 +136,13 @@ def with_pointers(case: Case, width: int) -> Case:
 
 def cases(context: Context) -> Iterable[Case]:
     on_cuda = context.device == "cuda"
+    dtypes = ("bf16",) if on_cuda else ("fp32", "bf16")
     for shape in context.pick(quick=QUICK, full=CUDA if on_cuda else CPU):
-        for dtype in context.pick(quick=("fp32",), full=("bf16",) if on_cuda else ("fp32", "bf16")):
+        for dtype in context.pick(quick=dtypes[:1], full=dtypes):
             size = shape.tokens * shape.heads * shape.width * DTYPES[dtype].itemsize
             flops = 4 * sum(n * n for n in shape.lengths) * shape.heads * shape.width
             plain = partial(per_segment, shape.lengths)
-            peers = {name: partial(by_library, name) for name in LIBRARIES} if on_cuda else {}
+            peers = {name: partial(by_library, name) for name in LIBRARIES}
             if not context.quick and shape.name != "one" and shape.tokens <= 8192:
                 peers["padded"] = partial(padded, shape.lengths)
             made = op_cases(

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sora_kernels import Grid, PackedLayout, Text, Window, packed_attention
+from sora_kernels.ops.packed_attention.libraries import LIBRARIES, OWN
+from sora_kernels.ops.windowed_attention.block_sparse import Block, block_tensors
 from sora_kernels.ops.windowed_attention.reference import segment_mask
 from sora_kernels.packing import Part
 from sora_kernels.packing.windows import SegmentGrid, merged, seen_ranges
 
-from .bench_packed_attention import with_pointers
+from .bench_packed_attention import by_library, per_segment, with_pointers
 from .registry import DTYPES, Case, Context, Inputs, Unavailable, op_cases
 
 MASKED = 8192
@@ -32,6 +35,28 @@ class Shape:
     heads: int
     width: int
     window: Window = Window((3, 3, 3))
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(text + t * h * w for text, (t, h, w), _ in self.clips)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def pairs(self) -> int:
+        """(query, key) pairs under the window."""
+        return self.layout("cpu").window_pairs(self.window)
+
+    @property
+    def case(self) -> str:
+        share = 100 * self.pairs / sum(n * n for n in self.lengths)
+        return f"window {self.name} {self.size} {share:.0f}% of pairs"
+
+    @property
+    def size(self) -> str:
+        return f"{self.tokens}x{self.heads}x{self.width}"
 
     def layout(self, device: torch.device | str) -> PackedLayout:
         parts: list[list[Part]] = [
@@ -85,7 +110,19 @@ def dense_mask(layout: PackedLayout, window: Window) -> Tensor | None:
 
 
 def ours(window: Window, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, mask: Any) -> Any:
-    return packed_attention(q, k, v, layout, window=window)
+    return packed_attention(q, k, v, layout, window=window, library=OWN)
+
+
+def flash_attn_4(
+    window: Window, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, mask: Any
+) -> Any:
+    """Our windows on the block sparsity of flash-attn 4."""
+    return by_library("flash_attn_4", q, k, v, layout, window)
+
+
+def dense(function: Any, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, mask: Any) -> Any:
+    """A call without the window: what the window saves is measured against it."""
+    return function(q, k, v, layout)
 
 
 def plain(
@@ -123,25 +160,56 @@ def per_tile(
 
 
 class Flex:
-    """FlexAttention, compiled; its block mask is made at the first call, outside the clock."""
+    """FlexAttention, compiled, by its own kernel or by flash-attn 4 (``backend="FLASH"``).
 
-    def __init__(self, window: Window) -> None:
+    Its block mask is made at the first call, outside the clock, from our lists: by itself it would
+    evaluate all N x N pairs.
+    """
+
+    def __init__(self, window: Window, backend: str | None = None) -> None:
         self.window = window
+        self.options = None if backend is None else {"BACKEND": backend}
         self.made: Any = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, mask: Any) -> Tensor:
-        if q.device.type == "cpu" and q.requires_grad:
-            raise Unavailable("FlexAttention has no backward on the CPU")
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        if reason := self.why_not(q):
+            raise Unavailable(reason)
+        from torch.nn.attention.flex_attention import flex_attention
 
         if self.made is None:
-            n = layout.num_tokens
-            seen = self.rule(layout)
-            blocks = create_block_mask(seen, None, None, n, n, device=str(q.device))
-            self.made = torch.compile(flex_attention, dynamic=False), blocks
+            compiled = torch.compile(flex_attention, dynamic=False)
+            self.made = compiled, self.block_mask(layout, self.block(q))
         call, blocks = self.made
         q_b, k_b, v_b = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return call(q_b, k_b, v_b, block_mask=blocks)[0].transpose(0, 1)
+        out = call(q_b, k_b, v_b, block_mask=blocks, kernel_options=self.options)
+        return out[0].transpose(0, 1)
+
+    def why_not(self, q: Tensor) -> str | None:
+        from torch.nn.attention import flex_attention
+
+        if self.options is None:
+            on_cpu = q.device.type == "cpu" and q.requires_grad
+            return "FlexAttention has no backward on the CPU" if on_cpu else None
+        if "FLASH" not in get_args(getattr(flex_attention, "_Backend", None)):
+            return "FlexAttention of this torch has no FLASH backend"
+        if not q.is_cuda or torch.cuda.get_device_capability() < (9, 0):
+            return "FlexAttention's FLASH backend needs an NVIDIA GPU of capability 9.0 or newer"
+        if importlib.util.find_spec("flash_attn") is None:
+            return "FlexAttention's FLASH backend needs flash_attn.cute, which is not installed"
+        return None
+
+    def block(self, q: Tensor) -> Block:
+        wide = self.options and torch.cuda.get_device_capability()[0] != 9
+        return (256, 128) if wide else (128, 128)
+
+    def block_mask(self, layout: PackedLayout, block: Block) -> Any:
+        from torch.nn.attention.flex_attention import BlockMask
+
+        n = layout.num_tokens
+        lists = [x[None, None] for x in block_tensors(layout, self.window, block).by_query]
+        return BlockMask.from_kv_blocks(
+            *lists, BLOCK_SIZE=block, mask_mod=self.rule(layout), seq_lengths=(n, n)
+        )
 
     def rule(self, layout: PackedLayout) -> Any:
         """The window as FlexAttention takes it: a function of the two token numbers."""
@@ -174,33 +242,57 @@ class Flex:
         return seen
 
 
+def peers_of(shape: Shape, quick: bool) -> dict[str, Any]:
+    """Who else can run a shape under its window; each says itself where it cannot."""
+    peers: dict[str, Any] = {
+        "flash_attn_4": partial(flash_attn_4, shape.window),
+        "flex_flash": Flex(shape.window, "FLASH"),
+    }
+    if not quick:  # compiling it takes longer than all else
+        peers["flex_attention"] = Flex(shape.window)
+        if shape.tokens <= MASKED:
+            peers["per_tile"] = partial(per_tile, shape.window)
+    return peers
+
+
 def cases(context: Context) -> Iterable[Case]:
     on_cuda = context.device == "cuda"
+    dtypes = ("bf16",) if on_cuda else ("fp32", "bf16")
     for shape in context.pick(quick=(VIDEO,), full=CUDA if on_cuda else CPU):
-        layout = shape.layout("cpu")
-        pairs = layout.window_pairs(shape.window)
-        share = 100 * pairs / sum(n * n for n in layout.seqlens)
-        size = f"{layout.num_tokens}x{shape.heads}x{shape.width}"
-        case = f"window {shape.name} {size} {share:.0f}% of pairs"
-        flops = 4 * pairs * shape.heads * shape.width
-        for dtype in context.pick(quick=("fp32",), full=("bf16",) if on_cuda else ("fp32", "bf16")):
-            moved = layout.num_tokens * shape.heads * shape.width * DTYPES[dtype].itemsize
-            peers: dict[str, Any] = {}
-            if not context.quick:
-                peers["flex_attention"] = Flex(shape.window)
-                if layout.num_tokens <= MASKED:
-                    peers["per_tile"] = partial(per_tile, shape.window)
-            made = op_cases(
+        for dtype in context.pick(quick=dtypes[:1], full=dtypes):
+            size = shape.tokens * shape.heads * shape.width * DTYPES[dtype].itemsize
+            windowed = op_cases(
                 "packed_attention",  # one op to its users: `--only packed_attention` shows both
-                case,
+                shape.case,
                 dtype,
                 inputs=partial(inputs, shape, dtype),
                 ours=partial(ours, shape.window),
                 plain=partial(plain, shape.window),
                 compile=False,  # library calls: there is nothing to fuse
-                peers=peers,
-                bytes={"fwd": 4 * moved, "bwd": 8 * moved},
-                flops={"fwd": flops, "bwd": flops * 5 // 2},
+                peers=peers_of(shape, context.quick),
+                bytes={"fwd": 4 * size, "bwd": 8 * size},
+                flops=_flops(shape, shape.pairs),
                 grads=("q", "k", "v"),
             )
-            yield from (with_pointers(case, shape.width) for case in made) if on_cuda else made
+            if not on_cuda:
+                yield from windowed
+                continue
+            yield from (with_pointers(case, shape.width) for case in windowed)
+            yield from op_cases(
+                "packed_attention",
+                f"no window {shape.name} {shape.size}",
+                dtype,
+                inputs=partial(inputs, shape, dtype),
+                ours=partial(dense, partial(packed_attention, library=OWN)),
+                plain=partial(dense, partial(per_segment, shape.lengths)),
+                compile=False,
+                peers={name: partial(dense, partial(by_library, name)) for name in LIBRARIES},
+                bytes={"fwd": 4 * size, "bwd": 8 * size},
+                flops=_flops(shape, sum(n * n for n in shape.lengths)),
+                grads=("q", "k", "v"),
+            )
+
+
+def _flops(shape: Shape, pairs: int) -> dict[str, int]:
+    forward = 4 * pairs * shape.heads * shape.width
+    return {"fwd": forward, "bwd": forward * 5 // 2}

@@ -11,13 +11,14 @@ from sora_kernels.ops.packed_attention.libraries import LIBRARIES, OWN
 
 FASTER = 1.02  # how much faster than our kernel a library must be to be preferred
 
+Kind = tuple[tuple[str, bool], ...]  # what a rule says of its calls besides length and head dim
 Times = dict[str, dict[str, float]]  # mode -> provider -> milliseconds
 
 
 def _by_case(report: Mapping[str, Any]) -> dict[str, Times]:
     found: dict[str, Times] = defaultdict(lambda: defaultdict(dict))
     for row in report["rows"]:
-        if row["op"] == "packed_attention" and not row["case"].startswith("window"):
+        if row["op"] == "packed_attention":
             provider = OWN if row["provider"] == OURS else row["provider"]
             if provider == OWN or provider in LIBRARIES:
                 found[row["case"]][row["mode"]][provider] = row["p50_ms"]
@@ -38,36 +39,48 @@ def _order(times: Times, training: bool) -> list[str]:
     return [*sorted(faster, key=lambda n: totals[n]), OWN]
 
 
+def _shapes() -> dict[str, tuple[int, int, Kind]]:
+    """Head dim, longest segment and kind of every case that a rule can be made from."""
+    from . import bench_packed_attention as dense
+    from . import bench_windowed_attention as windowed
+
+    found: dict[str, tuple[int, int, Kind]] = {
+        shape.case: (shape.width, max(shape.lengths), (("equal", len(set(shape.lengths)) == 1),))
+        for shape in (*dense.CUDA, *dense.CPU)
+    }
+    for shape in (*windowed.CUDA, *windowed.CPU):
+        found[shape.case] = shape.width, max(shape.lengths), (("windowed", True),)
+    return found
+
+
 def library_rules(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rules as `packed_attention.libraries` reads them, longest segments first.
 
     A rule holds from the length of its case up to that of the next one, for its head dim, with or
-    without a gradient, and for segments of equal or of unequal length. Neighbours that prefer the
-    same are one rule, and lengths below the shortest measured stay with our kernel.
+    without a gradient, and for segments of equal or of unequal length or for calls under a window.
+    Of several cases of one length the first counts. Neighbours that prefer the same are one rule,
+    and lengths below the shortest measured stay with our kernel.
     """
-    from .bench_packed_attention import CPU, CUDA
-
-    shapes = {shape.case: shape for shape in (*CUDA, *CPU)}
-    groups: dict[tuple[int, bool, bool], dict[int, list[str]]] = defaultdict(dict)
+    shapes = _shapes()
+    groups: dict[tuple[int, bool, Kind], dict[int, list[str]]] = defaultdict(dict)
     for case, times in _by_case(report).items():
         if case not in shapes:
             continue
-        shape = shapes[case]
-        equal = len(set(shape.lengths)) == 1
+        width, longest, kind = shapes[case]
         for training in (False, True):
             order = _order(times, training)
             if order:
-                groups[shape.width, training, equal].setdefault(max(shape.lengths), order)
+                groups[width, training, kind].setdefault(longest, order)
     rules = []
-    for (width, training, equal), by_length in sorted(groups.items()):
+    for (width, training, kind), by_length in sorted(groups.items()):
         kept: list[dict[str, Any]] = []
         for length in sorted(by_length):
             if kept and kept[-1]["prefer"] == by_length[length]:
                 continue
             kept.append(
                 {
-                    "min_seqlen": length, "head_dim": width, "training": training,
-                    "equal": equal, "prefer": by_length[length],
+                    "min_seqlen": length, "head_dim": width, "training": training, **dict(kind),
+                    "prefer": by_length[length],
                 }
             )  # fmt: skip
         rules += reversed(kept)
@@ -76,9 +89,9 @@ def library_rules(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _shadows(rule: Mapping[str, Any], rules: list[dict[str, Any]]) -> bool:
     """Whether a rule for our kernel stands before one of shorter segments that prefers others."""
-    same = ("head_dim", "training", "equal")
+    same = ("head_dim", "training", "equal", "windowed")
     return any(
-        all(other[name] == rule[name] for name in same)
+        all(other.get(name) == rule.get(name) for name in same)
         and other["min_seqlen"] < rule["min_seqlen"]
         and other["prefer"] != [OWN]
         for other in rules

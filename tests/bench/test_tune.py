@@ -208,3 +208,17 @@ def test_library_rules_are_read_back_by_the_dispatch() -> None:
     assert [(r["min_seqlen"], r["prefer"][0]) for r in found] == [
         (32768, "own"), (8192, "sdpa_cudnn"),
     ]  # fmt: skip
+
+
+def test_library_rules_of_windows() -> None:
+    from benchmarks.bench_windowed_attention import CUDA
+
+    case = CUDA[0].case
+    measured = (("sora_kernels", 2.0), ("flash_attn_4", 1.0), ("plain", 0.1))
+    rows = [_row(mode, case, name, ms) for mode in ("fwd", "bwd") for name, ms in measured]
+    rules = library_rules({"rows": rows})
+    assert rules == [
+        {"min_seqlen": 115200, "head_dim": 128, "training": training, "windowed": True,
+         "prefer": ["flash_attn_4", "own"]}
+        for training in (False, True)
+    ]  # fmt: skip
