@@ -119,7 +119,7 @@ def matrix_cases(kernels: dict[str, Any], dots: dict[str, int], choose: Choose) 
             for arch in ARCHS if dtype is torch.bfloat16 else (80, 90):
                 config = choose(head_dim, dtype, divmod(arch, 10))
                 launch = getattr(config, kind)
-                for one in {launch, replace(launch, descriptors=False)}:
+                for one in dict.fromkeys((launch, replace(launch, descriptors=False))):
                     launches.setdefault(one, []).append(arch)
             for launch, archs in launches.items():
                 chips = tuple(archs)

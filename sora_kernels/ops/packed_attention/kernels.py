@@ -63,16 +63,17 @@ def _load_block(
 ):  # fmt: skip
     """`[BLOCK, FIRST : FIRST + WIDTH]` from row `row` of a source on; zero beyond its end or D.
 
-    A source is (pointer to its row 0, row stride, its tensor's descriptor of the first columns,
-    and of the others, head, number of row 0 in the pack). Without descriptors it is read by
-    pointers. If MASKED, `left` rows are left and no other is read: what a neighbour in the pack
-    holds, NaN included, never gets into a product.
+    A source is (tensor, its strides of tokens and heads, the descriptors of its first columns and
+    of the others, head, first row of the segment). Without descriptors it is read by pointers. If
+    MASKED, `left` rows are left and no other is read: what a neighbour in the pack holds, NaN
+    included, never gets into a product.
     """
-    pointer, stride, desc1, desc2, head, origin = source
+    ptr, stride_n, stride_h, desc1, desc2, head, origin = source
     if desc1 is None:
+        base = ptr + origin.to(tl.int64) * stride_n + head.to(tl.int64) * stride_h
         far = tl.full((), 0, tl.int64) + row
         return _load_tile(
-            pointer + far * stride, tl.arange(0, BLOCK), left, stride, FIRST, WIDTH, D, MASKED
+            base + far * stride_n, tl.arange(0, BLOCK), left, stride_n, FIRST, WIDTH, D, MASKED
         )
     else:
         if FIRST == 0:
@@ -94,6 +95,44 @@ def _store_tile(
 
 
 @triton.jit
+def _load_rows(
+    ptr, stride_n, stride_h, head, first, left, BLOCK: tl.constexpr, D: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Both parts of the rows of a program, which it reads once; without D2 the first part twice."""
+    base = ptr + first * stride_n + head.to(tl.int64) * stride_h
+    rows = tl.arange(0, BLOCK)
+    x1 = _load_tile(base, rows, left, stride_n, 0, D1, D, True)  # [BLOCK, D1]
+    x2 = x1
+    if D2 > 0:
+        x2 = _load_tile(base, rows, left, stride_n, D1, D2, D, True)
+    return x1, x2
+
+
+@triton.jit
+def _zeros(BLOCK: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Both parts of a sum over `_load_block`s, fp32."""
+    x1 = tl.zeros([BLOCK, D1], tl.float32)
+    x2 = x1
+    if D2 > 0:
+        x2 = tl.zeros([BLOCK, D2], tl.float32)
+    return x1, x2
+
+
+@triton.jit
+def _store_rows(
+    ptr, x1, x2, heads, head, first, left, BLOCK: tl.constexpr, D: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Into a contiguous `[N, heads, D]`."""
+    base = ptr + (first * heads + head) * D
+    rows = tl.arange(0, BLOCK)
+    _store_tile(base, x1, rows, left, heads * D, 0, D1, D)
+    if D2 > 0:
+        _store_tile(base, x2, rows, left, heads * D, D1, D2, D)
+
+
+@triton.jit
 def _locate(work_ptr, num_work, heads, GROUP: tl.constexpr):
     """(head, segment, block) of this program; segment -1 = nothing to do.
 
@@ -108,6 +147,16 @@ def _locate(work_ptr, num_work, heads, GROUP: tl.constexpr):
     segment = tl.load(work_ptr + 2 * w, mask=inside, other=-1)
     block = tl.load(work_ptr + 2 * w + 1, mask=inside, other=0)
     return head, segment, block
+
+
+@triton.jit
+def _bounds(cu_q_ptr, cu_k_ptr, segment):
+    """First rows of a segment in both packs, and its lengths."""
+    begin_q = tl.load(cu_q_ptr + segment)
+    begin_k = tl.load(cu_k_ptr + segment)
+    len_q = tl.load(cu_q_ptr + segment + 1) - begin_q
+    len_k = tl.load(cu_k_ptr + segment + 1) - begin_k
+    return begin_q, begin_k, len_q, len_k
 
 
 @triton.jit
@@ -181,10 +230,7 @@ def _packed_attention_fwd_kernel(
     head, segment, block = _locate(work_ptr, num_work, heads, GROUP)
     if segment < 0:
         return
-    begin_q = tl.load(cu_q_ptr + segment)
-    begin_k = tl.load(cu_k_ptr + segment)
-    len_q = tl.load(cu_q_ptr + segment + 1) - begin_q
-    len_k = tl.load(cu_k_ptr + segment + 1) - begin_k
+    begin_q, begin_k, len_q, len_k = _bounds(cu_q_ptr, cu_k_ptr, segment)
     start_m = block * BLOCK_M
     if start_m >= len_q:
         return
@@ -193,19 +239,11 @@ def _packed_attention_fwd_kernel(
     o_m = tl.arange(0, BLOCK_M)
     left_q = len_q - start_m
 
-    q_base = q_ptr + first * stride_qn + head.to(tl.int64) * stride_qh
-    q1 = _load_tile(q_base, o_m, left_q, stride_qn, 0, D1, D, True)  # [BLOCK_M, D1]
-    q2 = q1
-    acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
-    acc2 = acc1
-    if D2 > 0:
-        q2 = _load_tile(q_base, o_m, left_q, stride_qn, D1, D2, D, True)
-        acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
+    q1, q2 = _load_rows(q_ptr, stride_qn, stride_qh, head, first, left_q, BLOCK_M, D, D1, D2)
+    acc1, acc2 = _zeros(BLOCK_M, D1, D2)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
 
-    k_base = k_ptr + begin_k.to(tl.int64) * stride_kn + head_k.to(tl.int64) * stride_kh
-    v_base = v_ptr + begin_k.to(tl.int64) * stride_vn + head_k.to(tl.int64) * stride_vh
     limit = tl.where(causal != 0, len_k - len_q, len_k)
     end = tl.maximum(tl.minimum(len_k, start_m + BLOCK_M + limit), 0)
     # Blocks that every row sees entirely need no mask. The others come first and in halves: their
@@ -213,23 +251,25 @@ def _packed_attention_fwd_kernel(
     full = tl.maximum(tl.minimum(len_k, start_m + limit + 1), 0) // BLOCK_N * BLOCK_N
     rows = start_m + o_m
     scale_log2 = scale * LOG2E
+    k = (k_ptr, stride_kn, stride_kh, k1_edge, k2_edge, head_k, begin_k)
+    v = (v_ptr, stride_vn, stride_vh, v1_edge, v2_edge, head_k, begin_k)
     acc1, acc2, m_i, l_i = _attend(
-        q1, q2, acc1, acc2, m_i, l_i, (k_base, stride_kn, k1_edge, k2_edge, head_k, begin_k),
-        (v_base, stride_vn, v1_edge, v2_edge, head_k, begin_k), rows, full, end, len_k, limit,
-        scale_log2, D, D1, D2, BLOCK_N // 2, True, UPCAST,
+        q1, q2, acc1, acc2, m_i, l_i, k, v, rows, full, end, len_k, limit, scale_log2,
+        D, D1, D2, BLOCK_N // 2, True, UPCAST,
     )  # fmt: skip
+    k = (k_ptr, stride_kn, stride_kh, k1_desc, k2_desc, head_k, begin_k)
+    v = (v_ptr, stride_vn, stride_vh, v1_desc, v2_desc, head_k, begin_k)
     acc1, acc2, m_i, l_i = _attend(
-        q1, q2, acc1, acc2, m_i, l_i, (k_base, stride_kn, k1_desc, k2_desc, head_k, begin_k),
-        (v_base, stride_vn, v1_desc, v2_desc, head_k, begin_k), rows, 0, full, len_k, limit,
-        scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
+        q1, q2, acc1, acc2, m_i, l_i, k, v, rows, 0, full, len_k, limit, scale_log2,
+        D, D1, D2, BLOCK_N, False, UPCAST,
     )  # fmt: skip
 
     blind = l_i == 0.0
     inverse = 1.0 / tl.where(blind, 1.0, l_i)
-    out_base = out_ptr + (first * heads + head) * D
-    _store_tile(out_base, acc1 * inverse[:, None], o_m, left_q, heads * D, 0, D1, D)
+    acc1 *= inverse[:, None]
     if D2 > 0:
-        _store_tile(out_base, acc2 * inverse[:, None], o_m, left_q, heads * D, D1, D2, D)
+        acc2 *= inverse[:, None]
+    _store_rows(out_ptr, acc1, acc2, heads, head, first, left_q, BLOCK_M, D, D1, D2)
     lse = tl.where(blind, float("-inf"), (m_i + tl.log2(tl.where(blind, 1.0, l_i))) * LN2)
     lse_base = lse_ptr + head.to(tl.int64) * num_tokens + first
     tl.store(lse_base + o_m, lse, mask=o_m < left_q)

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from .config import config_for
 from .descriptors import describe
-from .kernels import LOG2E, _dot, _load_block, _load_tile, _locate, _store_tile, grid, upcast
+from .kernels import (
+    LOG2E,
+    _bounds,
+    _dot,
+    _load_block,
+    _load_rows,
+    _load_tile,
+    _locate,
+    _store_rows,
+    _zeros,
+    grid,
+    upcast,
+)
 from .work import work_list
 
 DELTA_BLOCK = 32
@@ -112,10 +124,7 @@ def _packed_attention_bwd_kernel_dq(
     head, segment, block = _locate(work_ptr, num_work, heads, GROUP)
     if segment < 0:
         return
-    begin_q = tl.load(cu_q_ptr + segment)
-    begin_k = tl.load(cu_k_ptr + segment)
-    len_q = tl.load(cu_q_ptr + segment + 1) - begin_q
-    len_k = tl.load(cu_k_ptr + segment + 1) - begin_k
+    begin_q, begin_k, len_q, len_k = _bounds(cu_q_ptr, cu_k_ptr, segment)
     start_m = block * BLOCK_M
     if start_m >= len_q:
         return
@@ -125,28 +134,19 @@ def _packed_attention_bwd_kernel_dq(
     o_m = tl.arange(0, BLOCK_M)
     left_q = len_q - start_m
 
-    q_base = q_ptr + first * stride_qn + head_q * stride_qh
-    do_base = dout_ptr + first * stride_on + head_q * stride_oh
-    q1 = _load_tile(q_base, o_m, left_q, stride_qn, 0, D1, D, True)  # [BLOCK_M, D1]
-    do1 = _load_tile(do_base, o_m, left_q, stride_on, 0, D1, D, True)
-    dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
-    q2, do2, dq2 = q1, do1, dq1
-    if D2 > 0:
-        q2 = _load_tile(q_base, o_m, left_q, stride_qn, D1, D2, D, True)
-        do2 = _load_tile(do_base, o_m, left_q, stride_on, D1, D2, D, True)
-        dq2 = tl.zeros([BLOCK_M, D2], tl.float32)
+    q1, q2 = _load_rows(q_ptr, stride_qn, stride_qh, head, first, left_q, BLOCK_M, D, D1, D2)
+    do1, do2 = _load_rows(dout_ptr, stride_on, stride_oh, head, first, left_q, BLOCK_M, D, D1, D2)
+    dq1, dq2 = _zeros(BLOCK_M, D1, D2)
     lse = _load_lse(lse_ptr + head_q * num_tokens + first, o_m, left_q)
     delta = tl.load(delta_ptr + head_q * num_tokens + first + o_m, mask=o_m < left_q, other=0.0)
 
-    k_base = k_ptr + begin_k.to(tl.int64) * stride_kn + head_k.to(tl.int64) * stride_kh
-    v_base = v_ptr + begin_k.to(tl.int64) * stride_vn + head_k.to(tl.int64) * stride_vh
     limit = tl.where(causal != 0, len_k - len_q, len_k)
     end = tl.maximum(tl.minimum(len_k, start_m + BLOCK_M + limit), 0)
     full = tl.maximum(tl.minimum(len_k, start_m + limit + 1), 0) // BLOCK_N * BLOCK_N
     rows = start_m + o_m
     scale_log2 = scale * LOG2E
-    k = (k_base, stride_kn, k1_desc, k2_desc, head_k, begin_k)
-    v = (v_base, stride_vn, v1_desc, v2_desc, head_k, begin_k)
+    k = (k_ptr, stride_kn, stride_kh, k1_desc, k2_desc, head_k, begin_k)
+    v = (v_ptr, stride_vn, stride_vh, v1_desc, v2_desc, head_k, begin_k)
     dq1, dq2 = _gather_dq(
         q1, q2, do1, do2, dq1, dq2, lse, delta, k, v, rows, 0, full, len_k, limit,
         scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
@@ -155,10 +155,7 @@ def _packed_attention_bwd_kernel_dq(
         q1, q2, do1, do2, dq1, dq2, lse, delta, k, v, rows, full, end, len_k, limit,
         scale_log2, D, D1, D2, BLOCK_N, True, UPCAST,
     )  # fmt: skip
-    dq_base = dq_ptr + (first * heads + head) * D
-    _store_tile(dq_base, dq1 * scale, o_m, left_q, heads * D, 0, D1, D)
-    if D2 > 0:
-        _store_tile(dq_base, dq2 * scale, o_m, left_q, heads * D, D1, D2, D)
+    _store_rows(dq_ptr, dq1 * scale, dq2 * scale, heads, head, first, left_q, BLOCK_M, D, D1, D2)
 
 
 @triton.jit
@@ -239,10 +236,7 @@ def _packed_attention_bwd_kernel_dkv(
     head, segment, block = _locate(work_ptr, num_work, heads, GROUP)
     if segment < 0:
         return
-    begin_q = tl.load(cu_q_ptr + segment)
-    begin_k = tl.load(cu_k_ptr + segment)
-    len_q = tl.load(cu_q_ptr + segment + 1) - begin_q
-    len_k = tl.load(cu_k_ptr + segment + 1) - begin_k
+    begin_q, begin_k, len_q, len_k = _bounds(cu_q_ptr, cu_k_ptr, segment)
     start_n = block * BLOCK_N
     if start_n >= len_k:
         return
@@ -250,19 +244,11 @@ def _packed_attention_bwd_kernel_dkv(
     o_n = tl.arange(0, BLOCK_N)
     left_k = len_k - start_n
 
-    head_k = (head // group_size).to(tl.int64)
-    k_base = k_ptr + first * stride_kn + head_k * stride_kh
-    v_base = v_ptr + first * stride_vn + head_k * stride_vh
-    k1 = _load_tile(k_base, o_n, left_k, stride_kn, 0, D1, D, True)  # [BLOCK_N, D1]
-    v1 = _load_tile(v_base, o_n, left_k, stride_vn, 0, D1, D, True)
-    dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
-    dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
-    k2, v2, dk2, dv2 = k1, v1, dk1, dv1
-    if D2 > 0:
-        k2 = _load_tile(k_base, o_n, left_k, stride_kn, D1, D2, D, True)
-        v2 = _load_tile(v_base, o_n, left_k, stride_vn, D1, D2, D, True)
-        dk2 = tl.zeros([BLOCK_N, D2], tl.float32)
-        dv2 = tl.zeros([BLOCK_N, D2], tl.float32)
+    head_k = head // group_size
+    k1, k2 = _load_rows(k_ptr, stride_kn, stride_kh, head_k, first, left_k, BLOCK_N, D, D1, D2)
+    v1, v2 = _load_rows(v_ptr, stride_vn, stride_vh, head_k, first, left_k, BLOCK_N, D, D1, D2)
+    dk1, dk2 = _zeros(BLOCK_N, D1, D2)
+    dv1, dv2 = _zeros(BLOCK_N, D1, D2)
 
     # Query rows, in blocks: [low, diagonal) see some keys of this block, [diagonal, whole) see all
     # of them, and [whole, len_q) is the last, partial block.
@@ -276,29 +262,22 @@ def _packed_attention_bwd_kernel_dkv(
     columns = start_n + o_n
     scale_log2 = scale * LOG2E
     head_q = head.to(tl.int64)
-    q_base = q_ptr + begin_q.to(tl.int64) * stride_qn + head_q * stride_qh
-    do_base = dout_ptr + begin_q.to(tl.int64) * stride_on + head_q * stride_oh
     lse_base = lse_ptr + head_q * num_tokens + begin_q
     delta_base = delta_ptr + head_q * num_tokens + begin_q
-    q = (q_base, stride_qn, q1_desc, q2_desc, head, begin_q)
-    do = (do_base, stride_on, do1_desc, do2_desc, head, begin_q)
+    q = (q_ptr, stride_qn, stride_qh, q1_desc, q2_desc, head, begin_q)
+    do = (dout_ptr, stride_on, stride_oh, do1_desc, do2_desc, head, begin_q)
     dk1, dk2, dv1, dv2 = _gather_dkv(
         k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, do, lse_base, delta_base, columns, 0, 0,
-        (whole - diagonal) // BLOCK_M, diagonal, len_q, limit,
-        scale_log2, D, D1, D2, BLOCK_M, False, UPCAST,
+        (whole - diagonal) // BLOCK_M, diagonal, len_q, limit, scale_log2,
+        D, D1, D2, BLOCK_M, False, UPCAST,
     )  # fmt: skip
     dk1, dk2, dv1, dv2 = _gather_dkv(
         k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, do, lse_base, delta_base, columns, blocks_low,
-         low, blocks_masked, whole, len_q, limit,
-        scale_log2, D, D1, D2, BLOCK_M, True, UPCAST,
+        low, blocks_masked, whole, len_q, limit, scale_log2,
+        D, D1, D2, BLOCK_M, True, UPCAST,
     )  # fmt: skip
-    dk_base = dk_ptr + (first * heads + head) * D
-    dv_base = dv_ptr + (first * heads + head) * D
-    _store_tile(dk_base, dk1 * scale, o_n, left_k, heads * D, 0, D1, D)
-    _store_tile(dv_base, dv1, o_n, left_k, heads * D, 0, D1, D)
-    if D2 > 0:
-        _store_tile(dk_base, dk2 * scale, o_n, left_k, heads * D, D1, D2, D)
-        _store_tile(dv_base, dv2, o_n, left_k, heads * D, D1, D2, D)
+    _store_rows(dk_ptr, dk1 * scale, dk2 * scale, heads, head, first, left_k, BLOCK_N, D, D1, D2)
+    _store_rows(dv_ptr, dv1, dv2, heads, head, first, left_k, BLOCK_N, D, D1, D2)
 
 
 def backward(

@@ -20,8 +20,9 @@ from ..packed_attention.kernels import (
     LN2,
     LOG2E,
     _attend_block,
-    _load_tile,
-    _store_tile,
+    _load_rows,
+    _store_rows,
+    _zeros,
     grid,
     upcast,
 )
@@ -81,34 +82,27 @@ def _windowed_attention_fwd_kernel(
     o_m = tl.arange(0, BLOCK_M)
     left_q = end_m - start_m
 
-    q_base = q_ptr + first * stride_qn + head.to(tl.int64) * stride_qh
-    q1 = _load_tile(q_base, o_m, left_q, stride_qn, 0, D1, D, True)  # [BLOCK_M, D1]
-    q2 = q1
-    acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
-    acc2 = acc1
-    if D2 > 0:
-        q2 = _load_tile(q_base, o_m, left_q, stride_qn, D1, D2, D, True)
-        acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
+    q1, q2 = _load_rows(q_ptr, stride_qn, stride_qh, head, first, left_q, BLOCK_M, D, D1, D2)
+    acc1, acc2 = _zeros(BLOCK_M, D1, D2)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
 
-    k_base = k_ptr + origin.to(tl.int64) * stride_kn + head_k.to(tl.int64) * stride_kh
-    v_base = v_ptr + origin.to(tl.int64) * stride_vn + head_k.to(tl.int64) * stride_vh
+    k = (k_ptr, stride_kn, stride_kh, k1_desc, k2_desc, head_k, origin)
+    v = (v_ptr, stride_vn, stride_vh, v1_desc, v2_desc, head_k, origin)
     scale_log2 = scale * LOG2E
     for x in range(blocks):
         row, left = block_at(x, where, BLOCK_N)
         acc1, acc2, m_i, l_i = _attend_block(
-            q1, q2, acc1, acc2, m_i, l_i, (k_base, stride_kn, k1_desc, k2_desc, head_k, origin),
-            (v_base, stride_vn, v1_desc, v2_desc, head_k, origin), row, 0, left, 0, 0,
-            scale_log2, D, D1, D2, BLOCK_N, True, False, UPCAST,
+            q1, q2, acc1, acc2, m_i, l_i, k, v, row, 0, left, 0, 0, scale_log2,
+            D, D1, D2, BLOCK_N, True, False, UPCAST,
         )  # fmt: skip
 
     # Every query sees a key (itself), so l_i > 0.
     inverse = 1.0 / l_i
-    out_base = out_ptr + (first * heads + head) * D
-    _store_tile(out_base, acc1 * inverse[:, None], o_m, left_q, heads * D, 0, D1, D)
+    acc1 *= inverse[:, None]
     if D2 > 0:
-        _store_tile(out_base, acc2 * inverse[:, None], o_m, left_q, heads * D, D1, D2, D)
+        acc2 *= inverse[:, None]
+    _store_rows(out_ptr, acc1, acc2, heads, head, first, left_q, BLOCK_M, D, D1, D2)
     lse_base = lse_ptr + head.to(tl.int64) * num_tokens + first
     tl.store(lse_base + o_m, (m_i + tl.log2(l_i)) * LN2, mask=o_m < left_q)
 

@@ -14,7 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packed_attention.descriptors import describe
-from ..packed_attention.kernels import LOG2E, _load_tile, _store_tile, grid, upcast
+from ..packed_attention.kernels import (
+    LOG2E,
+    _load_rows,
+    _store_rows,
+    _zeros,
+    grid,
+    upcast,
+)
 from ..packed_attention.kernels_bwd import (
     DELTA_BLOCK,
     _add_dkv,
@@ -52,34 +59,22 @@ def _windowed_attention_bwd_kernel_dq(
     o_m = tl.arange(0, BLOCK_M)
     left_q = end_m - start_m
 
-    q_base = q_ptr + first * stride_qn + head_q * stride_qh
-    do_base = dout_ptr + first * stride_on + head_q * stride_oh
-    q1 = _load_tile(q_base, o_m, left_q, stride_qn, 0, D1, D, True)  # [BLOCK_M, D1]
-    do1 = _load_tile(do_base, o_m, left_q, stride_on, 0, D1, D, True)
-    dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
-    q2, do2, dq2 = q1, do1, dq1
-    if D2 > 0:
-        q2 = _load_tile(q_base, o_m, left_q, stride_qn, D1, D2, D, True)
-        do2 = _load_tile(do_base, o_m, left_q, stride_on, D1, D2, D, True)
-        dq2 = tl.zeros([BLOCK_M, D2], tl.float32)
+    q1, q2 = _load_rows(q_ptr, stride_qn, stride_qh, head, first, left_q, BLOCK_M, D, D1, D2)
+    do1, do2 = _load_rows(dout_ptr, stride_on, stride_oh, head, first, left_q, BLOCK_M, D, D1, D2)
+    dq1, dq2 = _zeros(BLOCK_M, D1, D2)
     lse = _load_lse(lse_ptr + head_q * num_tokens + first, o_m, left_q)
     delta = tl.load(delta_ptr + head_q * num_tokens + first + o_m, mask=o_m < left_q, other=0.0)
 
-    k_base = k_ptr + origin.to(tl.int64) * stride_kn + head_k.to(tl.int64) * stride_kh
-    v_base = v_ptr + origin.to(tl.int64) * stride_vn + head_k.to(tl.int64) * stride_vh
+    k = (k_ptr, stride_kn, stride_kh, k1_desc, k2_desc, head_k, origin)
+    v = (v_ptr, stride_vn, stride_vh, v1_desc, v2_desc, head_k, origin)
     scale_log2 = scale * LOG2E
     for x in range(blocks):
         row, left = block_at(x, where, BLOCK_N)
         dq1, dq2 = _add_dq(
-            q1, q2, do1, do2, dq1, dq2, lse, delta,
-            (k_base, stride_kn, k1_desc, k2_desc, head_k, origin),
-            (v_base, stride_vn, v1_desc, v2_desc, head_k, origin), row, 0, left, 0, 0,
-            scale_log2, D, D1, D2, BLOCK_N, True, False, UPCAST,
+            q1, q2, do1, do2, dq1, dq2, lse, delta, k, v, row, 0, left, 0, 0, scale_log2,
+            D, D1, D2, BLOCK_N, True, False, UPCAST,
         )  # fmt: skip
-    dq_base = dq_ptr + (first * heads + head) * D
-    _store_tile(dq_base, dq1 * scale, o_m, left_q, heads * D, 0, D1, D)
-    if D2 > 0:
-        _store_tile(dq_base, dq2 * scale, o_m, left_q, heads * D, D1, D2, D)
+    _store_rows(dq_ptr, dq1 * scale, dq2 * scale, heads, head, first, left_q, BLOCK_M, D, D1, D2)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -103,43 +98,27 @@ def _windowed_attention_bwd_kernel_dkv(
     )  # fmt: skip
     first = (origin + start_n).to(tl.int64)
     head_q = head.to(tl.int64)
-    head_k = (head // group_size).to(tl.int64)
-    o_n = tl.arange(0, BLOCK_N)
+    head_k = head // group_size
     left_k = end_n - start_n
 
-    k_base = k_ptr + first * stride_kn + head_k * stride_kh
-    v_base = v_ptr + first * stride_vn + head_k * stride_vh
-    k1 = _load_tile(k_base, o_n, left_k, stride_kn, 0, D1, D, True)  # [BLOCK_N, D1]
-    v1 = _load_tile(v_base, o_n, left_k, stride_vn, 0, D1, D, True)
-    dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
-    dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
-    k2, v2, dk2, dv2 = k1, v1, dk1, dv1
-    if D2 > 0:
-        k2 = _load_tile(k_base, o_n, left_k, stride_kn, D1, D2, D, True)
-        v2 = _load_tile(v_base, o_n, left_k, stride_vn, D1, D2, D, True)
-        dk2 = tl.zeros([BLOCK_N, D2], tl.float32)
-        dv2 = tl.zeros([BLOCK_N, D2], tl.float32)
+    k1, k2 = _load_rows(k_ptr, stride_kn, stride_kh, head_k, first, left_k, BLOCK_N, D, D1, D2)
+    v1, v2 = _load_rows(v_ptr, stride_vn, stride_vh, head_k, first, left_k, BLOCK_N, D, D1, D2)
+    dk1, dk2 = _zeros(BLOCK_N, D1, D2)
+    dv1, dv2 = _zeros(BLOCK_N, D1, D2)
 
-    q_base = q_ptr + origin.to(tl.int64) * stride_qn + head_q * stride_qh
-    do_base = dout_ptr + origin.to(tl.int64) * stride_on + head_q * stride_oh
+    q = (q_ptr, stride_qn, stride_qh, q1_desc, q2_desc, head, origin)
+    do = (dout_ptr, stride_on, stride_oh, do1_desc, do2_desc, head, origin)
     lse_base = lse_ptr + head_q * num_tokens + origin
     delta_base = delta_ptr + head_q * num_tokens + origin
     scale_log2 = scale * LOG2E
     for x in range(blocks):
         row, left = block_at(x, where, BLOCK_M)
         dk1, dk2, dv1, dv2 = _add_dkv(
-            k1, k2, v1, v2, dk1, dk2, dv1, dv2,
-            (q_base, stride_qn, q1_desc, q2_desc, head, origin),
-            (do_base, stride_on, do1_desc, do2_desc, head, origin), lse_base, delta_base, 0, row,
-            0, left, 0, scale_log2, D, D1, D2, BLOCK_M, True, False, UPCAST,
+            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, do, lse_base, delta_base, 0, row, 0, left, 0,
+            scale_log2, D, D1, D2, BLOCK_M, True, False, UPCAST,
         )  # fmt: skip
-    dk_base = dk_ptr + (first * heads + head) * D
-    dv_base = dv_ptr + (first * heads + head) * D
-    _store_tile(dk_base, dk1 * scale, o_n, left_k, heads * D, 0, D1, D)
-    _store_tile(dv_base, dv1, o_n, left_k, heads * D, 0, D1, D)
-    if D2 > 0:
-        _store_tile(dk_base, dk2 * scale, o_n, left_k, heads * D, D1, D2, D)
-        _store_tile(dv_base, dv2, o_n, left_k, heads * D, D1, D2, D)
+    _store_rows(dk_ptr, dk1 * scale, dk2 * scale, heads, head, first, left_k, BLOCK_N, D, D1, D2)
+    _store_rows(dv_ptr, dv1, dv2, heads, head, first, left_k, BLOCK_N, D, D1, D2)
 
 
 def backward(
