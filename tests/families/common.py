@@ -39,7 +39,7 @@ from sora_kernels import accelerate, restore, use_backend
 from sora_kernels.families import is_accelerated
 from sora_kernels.families._data import BY_PATH
 from sora_kernels.families._patch import class_path, upstream_class
-from tests.families.watching import AttentionInputs, Counting, branch_values
+from tests.families.watching import AttentionInputs, BackwardResults, Counting, branch_values
 from tests.helpers import randn, ulp
 
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
@@ -385,7 +385,11 @@ class FamilyTests:
             for i, (_, p) in enumerate(parameters(m).items()):
                 p.data = randn(*p.shape, seed=i) * 0.1
             out = run(m, self.inputs())
-            outputs.append((out, gradients([out], parameters(m))))
+            with BackwardResults() as computed:
+                grads = gradients([out], parameters(m))
+            outputs.append((out, grads))
+        # weights, tables and modulations are frozen: streams and heads alone have gradients
+        assert computed.seen and all(len(s) > 2 and s[1] > 1 for s in computed.seen)
         assert outputs[0][1] and all("lora" in name for name in outputs[0][1])
         close({"": outputs[1][0]}, {"": outputs[0][0]}, 2e-5)
         close(outputs[1][1], outputs[0][1], 1e-4)

@@ -60,7 +60,9 @@ def block_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 class TestMochi(FamilyTests):
-    case = Case(model, inputs, block, block_inputs, ("attn1", "ff_context", "ff"))
+    # the pooling of the text, which makes the modulation, has a to_q too
+    case = Case(model, inputs, block, block_inputs, ("attn1", "ff_context", "ff"),
+                lora=("attn1.to_q", "attn1.to_k", "attn1.to_v", "to_out.0"))  # fmt: skip
 
 
 def last_block() -> nn.Module:

@@ -10,6 +10,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class AttentionInputs(TorchFunctionMode):
@@ -23,6 +24,20 @@ class AttentionInputs(TorchFunctionMode):
             given = [*args, *(kwargs or {}).values()]
             self.seen += [t.detach().clone() for t in given[:2]]
         return func(*args, **(kwargs or {}))
+
+
+class BackwardResults(TorchDispatchMode):
+    """Records the shapes of what the ops' backwards compute; what nobody asks for is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if func.namespace == "sora_kernels" and func.name().endswith("_bwd"):
+            self.seen += [tuple(t.shape) for t in results if t.numel()]
+        return results
 
 
 @contextmanager
