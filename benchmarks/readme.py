@@ -14,8 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.scores import certificate, scores
+
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("benchmarks", "families")))
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "families", "benchmark")),
+)
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 OURS = "sora_kernels"
 # README shows one size of each op, beyond the cache; docs/benchmarks.md shows all.
@@ -206,37 +211,10 @@ def all_dropin() -> str:
     return "\n\n".join([table(header, rows), *notes, dropin_conditions()])
 
 
-def scores() -> str:
-    """What the oracle reads in generated clips."""
-    report = load(ROOT / "model" / "results" / "evaluate.json")
-    if report is None:
-        return "Not measured yet."
-
-    def rate(row: Mapping[str, Any], of: str, name: str) -> str:
-        value = row[of][name]
-        return f"{100 * value['rate']:.0f}% [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
-
-    rows = [
-        [
-            f"{row['name']} ({row['size']}, {row['frames']} frames, n={row['clips']})",
-            *(rate(row, "generated", name) for name in ("shape", "colour", "direction", "all")),
-            f"{100 * row['vae_round_trip']['all']['rate']:.0f}%",
-            f"{100 * row['true_clip']['all']['rate']:.0f}%",
-            f"{100 * row['chance']:.1f}%",
-        ]
-        for row in report["rows"]
-    ]
-    header = (
-        "prompts",
-        "shape",
-        "colour",
-        "direction",
-        "all",
-        "VAE ceiling",
-        "true clip",
-        "chance",
-    )
-    return table(header, rows)
+def judged(name: str, show: Callable[[Mapping[str, Any], Any], str]) -> str:
+    """A table of the judge's results in ``model/results``."""
+    report = load(ROOT / "model" / "results" / f"{name}.json")
+    return "Not measured yet." if report is None else show(report, table)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -247,7 +225,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "e2e": end_to_end,
     "dropin": dropin,
     "all_dropin": all_dropin,
-    "scores": scores,
+    "scores": lambda: judged("evaluate", scores),
+    "certificate": lambda: judged("certificate", certificate),
 }
 
 

@@ -1,0 +1,109 @@
+"""The tables of the judge: scores of the checkpoint and the certificate of the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+# What a row shows besides "all": what its mode is about.
+OF_A_MODE = ("first_frame_db", "first_frame_and_all", "seam_and_all", "gain_db", "edited",
+             "event_happened", "event_right", "last_quarter_all")  # fmt: skip
+
+
+def scores(report: Mapping[str, Any], table: Table) -> str:
+    """Generated clips, ceilings and the best floor, of every row and metric that counts."""
+    if report["schema"] == 1:
+        return _first_schema(report, table)
+    rows = []
+    for row in report["rows"]:
+        where = f"{row['name']} ({row['size']}, {row['frames']} frames, n={row['clips']})"
+        for name in ("all", *OF_A_MODE):
+            metric = row["metrics"].get(name)
+            if metric is None:
+                continue
+            floors = {k: v for k, v in metric["floors"].items() if v is not None}
+            best = max(floors, key=lambda k: floors[k]["value"], default=None)
+            rows.append(
+                [
+                    where,
+                    name + (" (void)" if metric["void"] else ""),
+                    _show(metric["generated"], metric["unit"]),
+                    _show(metric.get("pasted"), metric["unit"]),
+                    _show(metric["ceilings"]["vae"], metric["unit"], short=True),
+                    _show(metric["ceilings"]["true"], metric["unit"], short=True),
+                    "-"
+                    if best is None
+                    else f"{_show(floors[best], metric['unit'], short=True)} {best}",
+                    f"{100 * row['chance']:.1f}%" if name == "all" else "",
+                ]
+            )
+            where = ""
+    header = ("row", "metric", "generated", "pasted", "VAE ceiling", "true clip", "best floor",
+              "chance")  # fmt: skip
+    return table(header, rows) + f"\n\nOracle {report['judge']['oracle']}, seed {report['seed']}."
+
+
+def _show(value: Mapping[str, float] | None, unit: str, short: bool = False) -> str:
+    if value is None:
+        return "-"
+    factor, digits, sign = (100, 0, "%") if unit == "rate" else (1, 1, " dB")
+    if unit == "ratio":
+        digits, sign = 2, ""
+    middle, low, high = (factor * value[name] for name in ("value", "low", "high"))
+    text = f"{middle:.{digits}f}{sign}"
+    return text if short else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _first_schema(report: Mapping[str, Any], table: Table) -> str:
+    """Results of oracle 1: rates of attributes, without floors."""
+
+    def rate(row: Mapping[str, Any], of: str, name: str) -> str:
+        value = row[of][name]
+        return f"{100 * value['rate']:.0f}% [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
+
+    rows = [
+        [
+            f"{row['name']} ({row['size']}, {row['frames']} frames, n={row['clips']})",
+            *(rate(row, "generated", name) for name in ("shape", "colour", "direction", "all")),
+            f"{100 * row['vae_round_trip']['all']['rate']:.0f}%",
+            f"{100 * row['true_clip']['all']['rate']:.0f}%",
+            f"{100 * row['chance']:.1f}%",
+        ]
+        for row in report["rows"]
+    ]
+    header = ("prompts", "shape", "colour", "direction", "all", "VAE ceiling", "true clip",
+              "chance")  # fmt: skip
+    return table(header, rows)
+
+
+def certificate(report: Mapping[str, Any], table: Table) -> str:
+    """How often the oracle is right, and how often it lets a wrong clip pass."""
+    rows = []
+    for part in report["parts"]:
+        where = f"{part['kind']} ({part['size']}, {part['frames']} frames, n={part['clips']})"
+        accepts = part["false_accept"]
+        worst = max(accepts, key=lambda name: accepts[name]["value"])
+        for name, source in part["sources"].items():
+            position = source.get("position", {})
+            rows.append(
+                [
+                    where,
+                    name,
+                    _show(source["all"], "rate"),
+                    _show(source["shape"], "rate", short=True),
+                    _show(source["readable"], "rate", short=True),
+                    f"{position['position_median']:.2f} / {position['position_p99']:.2f}"
+                    if "position_median" in position
+                    else "-",
+                    f"{100 * accepts[worst]['value']:.1f}% "
+                    f"[{100 * accepts[worst]['low']:.1f}, {100 * accepts[worst]['high']:.1f}] "
+                    f"{worst}"
+                    if name == "true"
+                    else "",
+                ]
+            )
+            where = ""
+    header = ("scenes", "source", "all right", "shape", "readable", "position, px (median / 99%)",
+              "false accept, worst attribute")  # fmt: skip
+    return table(header, rows) + f"\n\nOracle {report['judge']['oracle']}."
