@@ -99,9 +99,11 @@ SORA_D bool wants_dr(const Args& a) {
 // Everything in one pass: whole rows, 16 bytes at a time, one block of sorted tokens per blockDim.x
 // threads.
 template <class Tx, class Ty, class Tout, bool All>
-__global__ void __launch_bounds__(kMaxThreads<All>) gate_residual_norm_modulate_bwd_row(
+__global__ void __launch_bounds__(kMaxThreads<All>, 1) gate_residual_norm_modulate_bwd_row(
     const __grid_constant__ Args a, int64_t size) {
   constexpr int V = kVector<Tx, Ty, Tout>, K = kElements / V, B = Columns<V, All>::kBranches;
+  // Eight fp32 numbers of the upstream gradient do not fit in registers until they are needed.
+  constexpr bool kLate = sizeof(Tx) == 4 && V == 8;
   __shared__ TeamScratch<2> scratch;
   const TokenBlock block =
       token_block(static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y, a.tokens, size);
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(kMaxThreads<All>) gate_residual_norm_modulate_
 #pragma unroll
       for (int b = 0; b < B; ++b)
         if (a.y[b].data) ys[k][b] = fetch<Ty, V>(token_row<Ty>(a.y[b], n) + column(k));
-      if (a.dresidual.data)
+      if (!kLate && a.dresidual.data)
         dresiduals[k] = fetch<Tx, V>(token_row<Tx>(a.dresidual, n) + column(k));
     }
     const float mean = a.mean ? a.mean[n] : 0.0f, rstd = a.rstd[n];
@@ -166,6 +168,8 @@ __global__ void __launch_bounds__(kMaxThreads<All>) gate_residual_norm_modulate_
     for (int k = 0; k < K; ++k) {
       if (column(k) >= a.width) continue;
       const int64_t at = n * a.width + column(k);
+      if (kLate && a.dresidual.data)
+        dresiduals[k] = fetch<Tx, V>(token_row<Tx>(a.dresidual, n) + column(k));
       float dr[V];
       widen<Tx, V>(dresiduals[k], dr);  // zero without one
 #pragma unroll
@@ -206,7 +210,7 @@ SORA_D void load_column(const Args& a, const TypedRounding& round, int64_t n, in
 }
 
 // Any width, address and type. First the two means of every row that dr needs ...
-__global__ void __launch_bounds__(kAnyThreads) gate_residual_norm_modulate_bwd_means(
+__global__ void __launch_bounds__(kAnyThreads, 1) gate_residual_norm_modulate_bwd_means(
     const __grid_constant__ Args a) {
   __shared__ TeamScratch<2> scratch;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -234,7 +238,7 @@ __global__ void __launch_bounds__(kAnyThreads) gate_residual_norm_modulate_bwd_m
 }
 
 // ... then everything else, which is the columns' own: one thread per column and block of tokens.
-__global__ void __launch_bounds__(kAnyThreads) gate_residual_norm_modulate_bwd_any(
+__global__ void __launch_bounds__(kAnyThreads, 1) gate_residual_norm_modulate_bwd_any(
     const __grid_constant__ Args a, int64_t size) {
   const int c = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
   if (c >= a.width) return;

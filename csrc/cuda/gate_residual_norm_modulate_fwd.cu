@@ -29,7 +29,7 @@ SORA_D void write_statistics(const GateResidualNormModulateFwd& a, int64_t n, fl
 }
 
 template <class Tx, class Ty, class Tout>
-__global__ void __launch_bounds__(kMaxThreads) gate_residual_norm_modulate_fwd_row(
+__global__ void __launch_bounds__(kMaxThreads, 1) gate_residual_norm_modulate_fwd_row(
     const __grid_constant__ GateResidualNormModulateFwd a) {
   constexpr int V = kVector<Tx, Ty, Tout>, K = kElements / V;
   __shared__ TeamScratch<1> scratch;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMaxThreads) gate_residual_norm_modulate_fwd_r
 }
 
 // Any width, address and type.
-__global__ void __launch_bounds__(kMaxThreads) gate_residual_norm_modulate_fwd_any(
+__global__ void __launch_bounds__(kMaxThreads, 1) gate_residual_norm_modulate_fwd_any(
     const __grid_constant__ GateResidualNormModulateFwd a) {
   __shared__ TeamScratch<1> scratch;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;

@@ -5,7 +5,7 @@ namespace sora::cuda {
 namespace {
 
 constexpr int kColumns = 32;  // of one block of threads, neighbours in memory
-constexpr int kLanes = 16;    // each adds every 16th partial; their sums are added in order
+constexpr int kLanes = 32;    // each adds every 32nd partial; their sums are added in order
 
 __global__ void __launch_bounds__(kColumns* kLanes) finish_kernel(
     const __grid_constant__ FinishSums a) {
@@ -23,10 +23,11 @@ __global__ void __launch_bounds__(kColumns* kLanes) finish_kernel(
   if (last > first && first_block == last_block) return;  // flushed whole
   float sum = 0.0f;
   if (last > first && column < a.width) {
-    for (int64_t b = first_block + threadIdx.y; b <= last_block; b += kLanes) {
-      const int slot = b == first_block ? 1 : 0;
-      sum += g.grad.partial[(b * 2 + slot) * a.width + column];
-    }
+    const float* heads = g.grad.partial + column;
+    if (threadIdx.y == 0) sum = heads[(first_block * 2 + 1) * a.width];  // the tail
+    const int64_t begin = first_block + (threadIdx.y == 0 ? kLanes : threadIdx.y);
+#pragma unroll 8  // loads that do not wait for each other
+    for (int64_t b = begin; b <= last_block; b += kLanes) sum += __ldg(heads + b * 2 * a.width);
   }
   lanes[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();

@@ -107,7 +107,7 @@ SORA_D float dx_of(float rstd, float h, float xhat, float c1, float c2) {
 // Everything in one pass: whole rows, 16 bytes at a time, one block of sorted tokens per blockDim.x
 // threads.
 template <class Tin, class Tout, bool All>
-__global__ void __launch_bounds__(kMaxThreads<All>) norm_modulate_bwd_row(
+__global__ void __launch_bounds__(kMaxThreads<All>, 1) norm_modulate_bwd_row(
     const __grid_constant__ NormModulateBwd a, int64_t size) {
   constexpr int V = kVector<Tin, Tout>, K = kElements / V, O = Running<V, All>::kOutputs;
   __shared__ TeamScratch<2> scratch;
@@ -188,7 +188,7 @@ SORA_D void load_column(const NormModulateBwd& a, int64_t n, int c, float mean, 
 }
 
 // Any width, address and type. First the two means of every row that dx needs ...
-__global__ void __launch_bounds__(kAnyThreads) norm_modulate_bwd_means(
+__global__ void __launch_bounds__(kAnyThreads, 1) norm_modulate_bwd_means(
     const __grid_constant__ NormModulateBwd a) {
   __shared__ TeamScratch<2> scratch;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kAnyThreads) norm_modulate_bwd_means(
 }
 
 // ... then everything else, which is the columns' own: one thread per column and block of tokens.
-__global__ void __launch_bounds__(kAnyThreads) norm_modulate_bwd_any(
+__global__ void __launch_bounds__(kAnyThreads, 1) norm_modulate_bwd_any(
     const __grid_constant__ NormModulateBwd a, int64_t size) {
   const int c = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
   if (c >= a.width) return;

@@ -37,7 +37,7 @@ SORA_D void write_statistics(const NormModulateFwd& a, int64_t n, float mean, fl
 
 // One row per blockDim.x threads, 16 bytes at a time.
 template <class Tin, class Tout>
-__global__ void __launch_bounds__(kMaxThreads) norm_modulate_fwd_row(
+__global__ void __launch_bounds__(kMaxThreads, 1) norm_modulate_fwd_row(
     const __grid_constant__ NormModulateFwd a) {
   constexpr int V = kVector<Tin, Tout>, K = kElements / V;
   __shared__ TeamScratch<1> scratch;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_modulate_fwd_row(
 }
 
 // Any width, address and type: the row is read once for each sum and once for the outputs.
-__global__ void __launch_bounds__(kAnyThreads) norm_modulate_fwd_any(
+__global__ void __launch_bounds__(kAnyThreads, 1) norm_modulate_fwd_any(
     const __grid_constant__ NormModulateFwd a) {
   __shared__ TeamScratch<1> scratch;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;

@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,7 @@ def _compile(sources: Sequence[Path], library: Path, link: str = "") -> Path:
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         objects, running = [], []
+        started = time.time()
         for source in sources:
             target = BUILD / f"{source.name}.o"
             objects.append(str(target))
@@ -68,6 +70,9 @@ def _compile(sources: Sequence[Path], library: Path, link: str = "") -> Path:
             command = [compiler(), *flags.split(), str(source), "-o", str(target)]
             running.append((source, subprocess.Popen(command)))
         failed = [source.name for source, process in running if process.wait() != 0]
+        for source, _ in running:  # what is saved while a compiler runs is newer than its result
+            if source.name not in failed:
+                os.utime(BUILD / f"{source.name}.o", (started, started))
         if failed:
             raise RuntimeError(f"{', '.join(failed)}: does not compile for the emulator")
         if running or not library.exists():
