@@ -32,25 +32,27 @@ def describe(
     """
     if not wants_descriptors(launch, *tensors):
         return [None] * (2 * len(blocks) * len(tensors))
+    places = [(x, (x.dtype, *x.shape[1:], *x.stride()[:2])) for x in tensors]
     return [
-        _descriptor(x, block, width) if width else None
+        _descriptor(x, _geometry(*place, block, width)) if width else None
         for block in blocks
-        for x in tensors
+        for x, place in places
         for width in (config.dim1, config.dim2)
     ]
 
 
-def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
+def _descriptor(x: Tensor, geometry: dict[str, Any]) -> TensorDescriptor:
     """Without its constructor, whose checks of a known geometry take longer than all else here."""
     made = TensorDescriptor.__new__(TensorDescriptor)
-    made.__dict__.update(_geometry(*x.shape[1:], *x.stride()[:2], block, width, x.dtype), base=x)
+    made.__dict__.update(geometry, base=x)
     return made
 
 
 @lru_cache(maxsize=1024)
 def _geometry(
-    heads: int, head_dim: int, stride_n: int, stride_h: int, block: int, width: int, dtype: Any
-) -> dict[str, Any]:
+    dtype: torch.dtype, heads: int, head_dim: int, stride_n: int, stride_h: int, block: int,
+    width: int,
+) -> dict[str, Any]:  # fmt: skip
     """The fields of a descriptor except its base. The head is the axis before the rows, so that
     a box without its axes of one is a matrix."""
     most = 2**31 - 2**16
