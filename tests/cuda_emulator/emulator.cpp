@@ -1,4 +1,6 @@
-// The scheduler of the emulator; see cuda_runtime.h.
+// The scheduler of the emulator; see cuda_runtime.h. A fiber gets its stack from makecontext, once; from
+// then on it is switched by setjmp, because swapcontext asks the kernel for the signal mask every time.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdio>
@@ -37,8 +39,8 @@ struct Warp {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStack]};
+  jmp_buf place;
+  std::unique_ptr<char[]> stack;  // null: it never ran
   dim3 index;
   int number = 0;
   const Barrier* waits_for = nullptr;
@@ -46,7 +48,7 @@ struct Fiber {
   bool done = false;
 };
 
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 Barrier block;
@@ -55,10 +57,33 @@ const std::function<void()>* program = nullptr;
 bool backwards = false;
 alignas(128) char shared_memory[kMostShared];
 
-void enter() {
-  (*program)();
-  current->done = true;
-  swapcontext(&current->context, &scheduler);
+// From a fiber to the scheduler, until the scheduler comes back.
+__attribute__((noinline)) void leave() {
+  if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+}
+
+void live() {  // a fiber runs one thread after another
+  for (;;) {
+    (*program)();
+    current->done = true;
+    leave();
+  }
+}
+
+// From the scheduler to a fiber, until it leaves.
+__attribute__((noinline)) void resume(Fiber& fiber) {
+  current = &fiber;
+  thread_index = fiber.index;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.stack) _longjmp(fiber.place, 1);
+  fiber.stack.reset(new char[kStack]);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, live, 0);
+  setcontext(&context);
 }
 
 void wait(Barrier& barrier, int expected) {
@@ -67,10 +92,9 @@ void wait(Barrier& barrier, int expected) {
     ++barrier.round;
     return;
   }
-  Fiber* self = current;
-  self->waits_for = &barrier;
-  self->round = barrier.round;
-  swapcontext(&self->context, &scheduler);
+  current->waits_for = &barrier;
+  current->round = barrier.round;
+  leave();
 }
 
 Warp& own_warp() { return warps[current->number / kWarp]; }
@@ -88,11 +112,6 @@ void start(Fiber& fiber, int number, dim3 index) {
   fiber.index = index;
   fiber.waits_for = nullptr;
   fiber.done = false;
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStack;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, enter, 0);
 }
 
 void run_block(int threads) {
@@ -114,15 +133,15 @@ void run_block(int threads) {
       if (fiber.done) continue;
       if (fiber.waits_for && fiber.waits_for->round == fiber.round) continue;
       fiber.waits_for = nullptr;
-      current = &fiber;
-      thread_index = fiber.index;
-      swapcontext(&scheduler, &fiber.context);
+      resume(fiber);
       progress = true;
       left -= fiber.done;
     }
-    if (!progress)
+    if (!progress) {
+      fibers.clear();  // some are in the middle of a thread
       throw std::runtime_error("emulator: " + std::to_string(left) +
                                " threads wait at a barrier or shuffle that others do not reach");
+    }
   }
 }
 
