@@ -209,7 +209,8 @@ DITS["tiny-window"] = dataclasses.replace(DITS["tiny"], window=(3, 3, 3), tile=(
 
 
 # What is given with a training clip of more than one frame, see ``model.draw``: nothing, its first
-# frame, what comes before it, after it or both, several of its frames, or any one of them.
+# frame, what comes before it, after it or both, several of its frames, or any one of them; or the
+# clip is a loop.
 MODES: dict[str, Weights] = {
     "text": (("none", 0.8), ("image", 0.2)),
     "all": (
@@ -217,6 +218,7 @@ MODES: dict[str, Weights] = {
         ("connect", 0.06), ("fill", 0.10), ("frame", 0.06),
     ),
 }  # fmt: skip
+MODES["all-and-loops"] = (*((name, 0.75 * share) for name, share in MODES["all"]), ("loop", 0.25))
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,21 @@ TRAININGS: dict[str, TrainConfig] = {
         detailed=0.3,
         modes="all",
         seed=4,
+    ),
+    # Continues that one with loops among the modes.
+    "tiny-loops": TrainConfig(
+        "tiny",
+        "focused",
+        clips=6144,
+        tokens=1536,
+        steps=800,
+        learning_rate=8e-4,
+        muon=0.008,
+        warmup=50,
+        shift=2.0,
+        detailed=0.3,
+        modes="all-and-loops",
+        seed=5,
     ),
 }
 TRAININGS["tiny-window"] = dataclasses.replace(TRAININGS["tiny"], dit="tiny-window")

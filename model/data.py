@@ -33,10 +33,11 @@ class LatentCache:
     words: int32, word numbers of all captions. word_counts: int64 [clips, 2], short and detailed.
     given_values, given_shapes: as values and shapes, of all given parts [parts].
     given_times: fp32 [parts, 2], time and step in frames. given_counts: int64 [clips].
+    loops: uint8 [clips], 1 where the last frame is the first one (None = nowhere).
     """
 
     NAMES = ("values", "shapes", "words", "word_counts",
-             "given_values", "given_shapes", "given_times", "given_counts")  # fmt: skip
+             "given_values", "given_shapes", "given_times", "given_counts", "loops")  # fmt: skip
 
     def __init__(
         self,
@@ -48,11 +49,13 @@ class LatentCache:
         given_shapes: Tensor,
         given_times: Tensor,
         given_counts: Tensor,
+        loops: Tensor | None = None,
     ) -> None:
         self.values, self.shapes = values, shapes
         self.words, self.word_counts = words, word_counts
         self.given_values, self.given_shapes = given_values, given_shapes
         self.given_times, self.given_counts = given_times, given_counts
+        self.loops = torch.zeros(len(shapes), dtype=torch.uint8) if loops is None else loops
         self._start = [0, *shapes.prod(1).cumsum(0).tolist()]
         self._word_start = [0, *word_counts.flatten().cumsum(0).tolist()]
         self._given_start = [0, *given_shapes.prod(1).cumsum(0).tolist()]
@@ -81,10 +84,11 @@ class LatentCache:
         return self.words[self._word_start[at] : self._word_start[at + 1]].tolist()
 
     def tokens(self, patch: tuple[int, int, int]) -> np.ndarray:
-        """Tokens of every clip with all that is given and its longer caption: what a pack must
-        have room for."""
+        """Tokens of every clip with all its parts and its longer caption: what a pack must have
+        room for."""
         owners = torch.arange(len(self)).repeat_interleave(self.given_counts)
         volume = self.shapes[:, 1:].prod(1)
+        volume += 2 * self.loops * (volume - self.shapes[:, 2:].prod(1))  # see clip_segment
         volume = volume.index_add(0, owners, self.given_shapes[:, 1:].prod(1))
         return (volume // int(np.prod(patch)) + self.word_counts.max(1).values).numpy()
 
@@ -154,6 +158,7 @@ def build_cache(
     captions: list[list[int]] = []
     times: list[tuple[float, float]] = []
     counts: list[int] = []
+    loops: list[bool] = []
     for index in range(clips):
         example = draw(index, seed, world, modes)
         captions += [vocabulary.encode(text, max_words) for text in example.captions]
@@ -162,6 +167,7 @@ def build_cache(
             givens.add(part.video)
             times.append((part.time, part.step))
         counts.append(len(example.given))
+        loops.append(example.loop)
         if progress is not None:
             progress(index + 1)
     return LatentCache(
@@ -171,6 +177,7 @@ def build_cache(
         *givens.finish(),
         torch.tensor(times, dtype=torch.float32).view(-1, 2),
         torch.tensor(counts, dtype=torch.int64),
+        torch.tensor(loops, dtype=torch.uint8),
     )
 
 
@@ -200,7 +207,7 @@ class Batch:
     words: Tensor
     times: Tensor
     inputs: list[Tensor]
-    wanted: list[Tensor | None]  # the velocity to predict; None for given parts
+    wanted: list[Tensor | None]  # the velocity to predict; None for given parts and copies
     owners: list[int]  # the clip (segment) of each grid part
 
 
@@ -231,7 +238,8 @@ def make_batch(
         words += caption
         latents.append(latent)
         givens.append(given)
-        segments.append(clip_segment(len(caption), latent.shape[1:], dit.patch, given))
+        loop = bool(cache.loops[index])
+        segments.append(clip_segment(len(caption), latent.shape[1:], dit.patch, given, loop))
     shifts = [size_shift(segment[-1].num_tokens, dit.base_tokens, train.shift)
               for segment in segments]  # fmt: skip
     times = shift_time(logit_normal(len(shifts), generator), torch.tensor(shifts))
@@ -240,9 +248,11 @@ def make_batch(
     owners: list[int] = []
     for number, (x0, given) in enumerate(zip(latents, givens, strict=True)):
         noise = torch.randn(x0.shape, generator=generator)
-        inputs += [*(part.latent for part in given), interpolate(x0, noise, float(times[number]))]
-        wanted += [*(None for _ in given), noise - x0]
-        owners += [number] * (len(given) + 1)
+        x = interpolate(x0, noise, float(times[number]))
+        copies = [x[:, 1:]] * 2 if cache.loops[clips[number]] else []
+        inputs += [*(part.latent for part in given), *copies, x]
+        wanted += [*(None for _ in (*given, *copies)), noise - x0]
+        owners += [number] * (len(given) + len(copies) + 1)
     layout = PackedLayout(segments, **dit.layout)
     return Batch(layout, torch.tensor(words), times, inputs, wanted, owners)
 

@@ -11,21 +11,27 @@ from torch import Tensor
 
 from model.condition import GivenClip
 from model.config import Weights, WorldConfig
-from model.world import captions, clip, render, sample_scene
+from model.world import DIRECTIONS, HELD_OUT, Scene, captions, clip, render, sample_scene
 
 CONTEXTS = (5, 9)
 MOST_FRAMES = 6
 # What goes on outside the clip must follow from the caption, or from what is given.
 LONG_KINDS: Weights = (("one", 0.40), ("bounce", 0.45), ("exit", 0.10), ("still", 0.05))
+LOOP_KINDS: Weights = (("one", 0.9), ("still", 0.1))
+HALVES: tuple[int, ...] = (5, 7, 9, 9, 9)  # frames of one way: loops of 8, 12 and mostly 16
 
 
 @dataclass(frozen=True)
 class Example:
-    """A clip [3, T, H, W] in [-1, 1], what is given with it, and its captions (short, detailed)."""
+    """A clip [3, T, H, W] in [-1, 1], what is given with it, and its captions (short, detailed).
+
+    loop: its last frame is its first one.
+    """
 
     video: Tensor
     given: tuple[GivenClip, ...]
     captions: tuple[str, str]
+    loop: bool = False
 
 
 def draw(index: int, seed: int, world: WorldConfig, modes: Weights) -> Example:
@@ -38,6 +44,8 @@ def draw(index: int, seed: int, world: WorldConfig, modes: Weights) -> Example:
     mode = modes[int(rng.choice(len(modes), p=shares / shares.sum()))][0]
     if mode in ("forward", "backward", "connect"):
         return _inside_longer(rng, mode, world)
+    if mode == "loop":
+        return _there_and_back(rng, world)
     made = clip(index, "train", seed, world)
     frames = made.video.shape[1]
     times: list[int] = []
@@ -79,3 +87,28 @@ def _inside_longer(rng: np.random.Generator, mode: str, world: WorldConfig) -> E
     if scene.kind == "bounce":  # the heading changes: the short caption is true of every part
         short = re.sub(r" moving [a-z-]+", "", short)
     return Example(video[:, before : before + frames], tuple(given), (short, detailed))
+
+
+def _there_and_back(rng: np.random.Generator, world: WorldConfig) -> Example:
+    """A clip whose end is its beginning: an object goes a way and comes back, begun anywhere."""
+    half = int(rng.choice(HALVES))
+    scene = sample_scene(rng, replace(world, kinds=LOOP_KINDS), frames=half)
+    while way_back_is_held_out(scene):
+        scene = sample_scene(rng, replace(world, kinds=LOOP_KINDS), frames=half)
+    ring = [*range(half), *range(half - 2, 0, -1)]
+    start = int(rng.integers(len(ring)))
+    ring = [*ring[start:], *ring[: start + 1]]
+    short, detailed = (
+        re.sub(r" moving [a-z-]+( slowly| quickly)?", " bouncing off the wall", text)
+        for text in captions(scene)
+    )
+    return Example(render(scene)[:, ring], (), (short, detailed), loop=True)
+
+
+def way_back_is_held_out(scene: Scene) -> bool:
+    """Whether an object of the scene, going the other way, would show a held-out combination."""
+    directions = list(DIRECTIONS)  # in the order of their angles
+    back = {name: directions[(k + 4) % 8] for k, name in enumerate(directions)}
+    return any(
+        (item.shape, item.colour, back.get(item.direction)) in HELD_OUT for item in scene.objects
+    )

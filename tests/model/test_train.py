@@ -28,10 +28,10 @@ from model.data import (
     some_of,
 )
 from model.dit import DiT
-from model.draw import draw
+from model.draw import draw, way_back_is_held_out
 from model.text import NO_PROMPT, Vocabulary
 from model.vae import VideoVAE
-from model.world import VOCABULARY
+from model.world import DIRECTIONS, HELD_OUT, VOCABULARY, Wanted, parse, sample_scene
 
 WORDS = Vocabulary(VOCABULARY)
 DIT = DiTConfig(
@@ -274,6 +274,35 @@ def test_examples_show_every_mode() -> None:
     first, again = (draw(7, 3, WORLDS["tiny"], modes) for _ in range(2))
     assert torch.equal(first.video, again.video) and first.captions == again.captions
     assert all(isinstance(part, GivenClip) for part in first.given)
+
+
+def test_loops_end_where_they_begin() -> None:
+    """A batch holds the clip's copies at its own time; no way back shows what is held out."""
+    shape, colour, direction = sorted(HELD_OUT)[0]
+    names = list(DIRECTIONS)
+    for turn, held_out in ((4, True), (0, False), (2, False)):
+        heading = names[(names.index(direction) + turn) % 8]
+        want = Wanted(shape, colour, heading)
+        scene = sample_scene(np.random.default_rng(0), kind="one", frames=9, wanted=want)
+        assert way_back_is_held_out(scene) == held_out
+    modes = (("loop", 1.0),)
+    examples = [draw(index, 1, WORLDS["tiny"], modes) for index in range(40)]
+    for example in examples:
+        assert example.loop and example.video.shape[1] in (9, 13, 17)
+        assert torch.equal(example.video[:, 0], example.video[:, -1])
+        (want,) = parse(example.captions[0])[:1]
+        if "bouncing" in example.captions[0]:
+            assert want.direction is None and "moving" not in example.captions[1]
+    assert sum("bouncing" in example.captions[0] for example in examples) > 20
+    with torch.no_grad():
+        cache = build_cache(VideoVAE().encode, WORLDS["tiny"], modes, 4, 1, WORDS, 48)
+    batch = make_batch(cache, [0, 1, 2, 3], DIT, TRAIN, 0)
+    assert [wanted is None for wanted in batch.wanted] == [True, True, False] * 4
+    for clip in range(4):
+        before, behind, x = batch.inputs[3 * clip : 3 * clip + 3]
+        assert torch.equal(before, x[:, 1:]) and torch.equal(behind, x[:, 1:])
+    longest = torch.maximum(*cache.word_counts.T).sum() - len(batch.words)
+    assert cache.tokens(DIT.patch).sum() == batch.layout.num_tokens + longest
 
 
 def test_captions_of_parts_of_a_bouncing_scene_name_no_heading() -> None:
