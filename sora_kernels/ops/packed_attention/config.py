@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -124,12 +124,7 @@ def choose_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
         # 32 keys, because the forward halves the block at the edges and tl.dot needs 16.
         small = Launch(16, 16, 4, 1)
         return Config(Launch(16, 32, 8, 1), small, small, dim1, dim2)
-    config = _by_pointers(capability[0], dim1, dim2)
-    for kind in ("fwd", "dq", "dkv"):
-        if reads_by_descriptors(kind, capability[0], dim1 + dim2):
-            launch = replace(getattr(config, kind), descriptors=True)
-            config = replace(config, **{kind: launch})
-    return config
+    return _half_precision(capability[0], dim1, dim2)
 
 
 def reads_by_descriptors(kind: str, major: int, wide: int) -> bool:
@@ -144,22 +139,23 @@ def reads_by_descriptors(kind: str, major: int, wide: int) -> bool:
     return major >= 9 and (major, kind, wide) not in ((10, "dkv", 128), (10, "dq", 256))
 
 
-def _by_pointers(major: int, dim1: int, dim2: int) -> Config:
-    """The launches for fp16 and bf16, without descriptors."""
+def _half_precision(major: int, dim1: int, dim2: int) -> Config:
     wide = dim1 + dim2
+
+    def launch(kind: str, block_m: int, block_n: int, num_stages: int = 2) -> Launch:
+        descriptors = reads_by_descriptors(kind, major, wide)
+        return Launch(block_m, block_n, 8, num_stages, descriptors=descriptors)
+
     if wide > 128:
-        fwd, small = Launch(64, 32, 8, 1), Launch(32, 32, 8, 1)
-        if major == 10:
-            return Config(fwd, Launch(64, 32, 8, 1), Launch(32, 64, 8, 1), dim1, dim2)
-        return Config(fwd, small, small, dim1, dim2)
-    if major in (9, 10):
-        fwd = Launch(128, 128, 8, 2 if wide > 64 else 3)
-        dq = Launch(128, 64, 8, 2)
-        dkv = Launch(32 if wide > 64 else 64, 128, 8, 2)
+        rows = 64 if major == 10 else 32
+        fwd = launch("fwd", 64, 32, 1)
+        dq, dkv = launch("dq", rows, 32, 1), launch("dkv", 32, rows, 1)
+    elif major in (9, 10):
+        fwd = launch("fwd", 128, 128, 2 if wide > 64 else 3)
+        dq, dkv = launch("dq", 128, 64), launch("dkv", 32 if wide > 64 else 64, 128)
     else:
-        fwd = Launch(128, 64, 8, 2)
-        dq = Launch(64, 64, 8, 2)
-        dkv = Launch(32 if dim2 else 64, 64, 8, 2)
+        fwd = launch("fwd", 128, 64)
+        dq, dkv = launch("dq", 64, 64), launch("dkv", 32 if dim2 else 64, 64)
     return Config(fwd, dq, dkv, dim1, dim2)
 
 
