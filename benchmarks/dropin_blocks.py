@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-GRID = (2, 8, 8)  # frames, height and width of a small video, in tokens
+GRID = (2, 6, 8)  # frames, height and width of a small video, in tokens
 TOKENS = GRID[0] * GRID[1] * GRID[2]
 
 
@@ -64,7 +64,7 @@ def bias(lengths: tuple[int, ...], longest: int, dtype: torch.dtype) -> Tensor:
 def wan() -> Family:
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 
-    grid, tokens, text = (4, 8, 12), 384, 64
+    grid, tokens, text = (4, 8, 8), 256, 64
 
     def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
         rotary = WanRotaryPosEmbed(128, (1, 1, 1), 64)(torch.empty(1, 16, *grid))
@@ -100,7 +100,7 @@ def hunyuan(single: bool) -> Family:
         HunyuanVideoTransformerBlock,
     )
 
-    text, valid = 64, 24
+    text, valid = 32, 12
 
     def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
         rotary = HunyuanVideoRotaryPosEmbed(1, 1, [16, 56, 56])(torch.empty(1, 16, *GRID))
@@ -166,7 +166,7 @@ def ltx() -> Family:
 def mochi() -> Family:
     from diffusers.models.transformers.transformer_mochi import MochiRoPE, MochiTransformerBlock
 
-    grid, lengths, text = (1, 8, 8), (1, 24), 32
+    grid, lengths, text = (1, 6, 8), (1, 24), 32
     tokens = grid[1] * grid[2]
 
     def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -213,7 +213,7 @@ def allegro() -> Family:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
     from diffusers.models.transformers.transformer_allegro import AllegroTransformerBlock
 
-    lengths, text = (8, 24), 64
+    lengths, text = (6, 18), 48
 
     def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
         frames, height, width = GRID
@@ -246,7 +246,7 @@ def cosmos() -> Family:
     text = 32
 
     def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
-        rotary = CosmosRotaryPosEmbed(128)(torch.empty(1, 16, 2, 16, 16), fps=30)
+        rotary = CosmosRotaryPosEmbed(128)(torch.empty(1, 16, 2, 12, 16), fps=30)
         x, given = randn(1, TOKENS, 4096, dtype=dtype), randn(1, text, 1024, dtype=dtype)
         return x, given, randn(1, 4096, dtype=dtype), randn(1, 3 * 4096, dtype=dtype), rotary
 
@@ -263,7 +263,7 @@ def flux(single: bool) -> Family:
         FluxTransformerBlock,
     )
 
-    side, text = 12, 32
+    side, text = 10, 32
 
     def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
         rows = torch.arange(float(side))

@@ -56,21 +56,22 @@ class Rounded(nn.Module):
         return x @ self.weight
 
 
-def test_half_formats_are_judged_by_an_fp32_run() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])
+def test_wrong_results_are_refused(dtype: torch.dtype, mode: str) -> None:
+    """Half formats are judged by an fp32 run."""
     weight = torch.randn(16, 16, generator=torch.manual_seed(0))
-    x = torch.randn(4, 16).bfloat16()
     given: dict[str, Any] = {
-        "plain": Rounded(weight).bfloat16(), "ours": Rounded(weight).bfloat16(),
-        "arguments": (x,), "streams": 1,
+        "plain": Rounded(weight).to(dtype), "ours": Rounded(weight).to(dtype),
+        "arguments": (torch.randn(4, 16).to(dtype),), "streams": 1,
     }  # fmt: skip
-    for mode in ("fwd", "fwd+bwd"):
-        fresh = dict(given)
-        dropin.provider("plain", mode)(fresh)
-        assert all(0 <= e < 0.02 for e in fresh["upstream"])
-        dropin.provider("ours", mode)(fresh)
-        fresh["ours"] = Rounded(weight, 0.1).bfloat16()
-        with pytest.raises(Disagreement, match="ours: result 0 differs from an fp32 run by"):
-            dropin.provider("ours", mode)(fresh)
+    dropin.provider("plain", mode)(given)
+    assert all(0 <= e < 0.02 for e in given["upstream"])
+    dropin.provider("ours", mode)(given)
+    for wrong in (0.1, float("nan")):
+        given["ours"] = Rounded(weight, wrong).to(dtype)
+        with pytest.raises(Disagreement, match="ours: result 0 differs from upstream in fp32 by"):
+            dropin.provider("ours", mode)(given)
 
 
 def row(case: str, mode: str, dtype: str, provider: str, ms: float, mb: float) -> dict[str, Any]:
