@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import inspect
+import re
+import shlex
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from model import modes
 from model.condition import GivenClip, clip_segment, rows_for
 from model.config import DiTConfig
 from model.dit import DiT
+from model.generate import check, make_parser
 from model.modes import Job
 from model.sample import Request, Sampling, sample
 from model.stack import Size, Stack
@@ -280,3 +285,18 @@ def test_what_does_not_fit_is_named() -> None:
     for make, message in cases:
         with pytest.raises(ValueError, match=message):
             make()
+
+
+# --- page ----------------------------------------------------------------------------------------
+
+
+def test_the_page() -> None:
+    """Every line of docs/modes.md runs, and every command on it is one."""
+    page = Path(__file__).parents[2] / "docs" / "modes.md"
+    result = doctest.testfile(str(page), module_relative=False, optionflags=doctest.FAIL_FAST)
+    assert result.attempted > 8 and result.failed == 0
+    commands = re.findall(r"^\|[^|]*\| `(-[^`]*)` \|", page.read_text(), flags=re.MULTILINE)
+    assert len(commands) == 10
+    for text in commands:
+        args = make_parser().parse_args([PROMPT, "-o", "out.mp4", *shlex.split(text)])
+        check(args)
