@@ -1,9 +1,11 @@
-"""The parts of the GPU lane, each a command with a time limit; `gpu_lane.sh` starts this.
+"""Runs the parts of the GPU lane, each with a time limit; `gpu_lane.sh` starts this.
 
 Parts are independent and can be run one by one into the same folder: every part that needs the
-compiled libraries builds them first, which costs nothing when they are up to date. The folder
-then holds `lane.json` (what ran, how long, how it ended), `lane.log` (all output), `info.json`,
-`test.xml`, and the reports `ops.json`, `block.json` and `e2e.json`.
+compiled libraries builds them first, which costs nothing when they are up to date. A part that
+ended well is not run again into the same folder, unless it is named or `--again` is given. Where
+there is no GPU, the parts that need one are skipped and counted. The folder then holds `lane.json`
+(what ran, how long, how it ended), `lane.log` (all output), `info.json`, `ceilings.json`,
+`test-*.xml`, the reports `ops.json`, `block.json`, `e2e.json` and `dropin.json`, and `tables/`.
 """
 
 from __future__ import annotations
@@ -16,66 +18,29 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
+from .gpu_lane_parts import Part, parts, refuse_wheels, select
+
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 520  # a part must end well within nine minutes
-BUILD = (sys.executable, "setup.py", "build_ext", "--inplace")
+SKIPPED = "skipped"  # how the status of a part begins that this machine cannot run
 
 
-@dataclass(frozen=True)
-class Part:
-    """Commands run one after another; the first failure ends the part."""
-
-    name: str
-    commands: tuple[tuple[str, ...], ...]
-
-
-def parts(out: Path, quick: bool) -> list[Part]:
-    """Everything the lane does, in order."""
-    python = sys.executable
-    suffix = ("--quick",) if quick else ()
-
-    def bench(name: str, suite: str, *more: str) -> Part:
-        report = str(out / f"{name}.json")
-        command = (python, "-m", "benchmarks", "--suite", suite, "--device", "cuda", *more)
-        return Part(name, (BUILD, (*command, *suffix, "--json", report)))
-
-    info = f"{python} -m sora_kernels.info --json > {out / 'info.json'}"
-    tests = ("-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "tests/ops", "--durations=5")
-    ops = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
-    return [
-        Part("build", (BUILD, ("sh", "-c", info))),
-        Part("test", (BUILD, (python, *tests, f"--junitxml={out / 'test.xml'}"))),
-        *(bench(f"ops-{op}", "ops", "--only", op) for op in ops),
-        bench("block", "block"),
-        bench("e2e", "e2e"),
-    ]
-
-
-def select(every: list[Part], wanted: Iterable[str]) -> list[Part]:
-    """The parts named; `ops` stands for all of its parts. ValueError for an unknown name."""
-    wanted = list(wanted)
-    names = [part.name for part in every]
-    for name in wanted:
-        if name != "ops" and name not in names:
-            raise ValueError(f"--part: expected one of {', '.join([*names, 'ops'])}, got {name}")
-    if not wanted:
-        return every
-    return [p for p in every if p.name in wanted or ("ops" in wanted and p.name[:4] == "ops-")]
-
-
-def run_part(part: Part, seconds: float, log: TextIO) -> dict[str, Any]:
-    """Runs the commands with their output in the log; the record says how it ended."""
+def run_part(part: Part, seconds: float, log: TextIO, site: Path | None) -> dict[str, Any]:
+    """Runs the commands with their output in the log; the record says how it ended. ``site`` is a
+    folder of further packages."""
     started = time.monotonic()
     status = "ok"
     build = "cuda" if any((ROOT / "csrc" / "cuda").glob("*.cu")) else "cpu"  # fails loudly
     environment = {"SORA_KERNELS_BUILD": build, **os.environ}
     environment |= {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
+    if site is not None and site.is_dir():
+        paths = (str(site), os.environ.get("PYTHONPATH"))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     for command in part.commands:
         log.write(f"\n== {part.name}: {' '.join(command)}\n")
         log.flush()
@@ -131,13 +96,14 @@ def merge_ops(out: Path) -> None:
 
 def note(out: Path, name: str) -> str:
     """The result of a part in a few words."""
-    if name == "test" and (out / "test.xml").is_file():
-        suite = ElementTree.parse(out / "test.xml").getroot().find("testsuite")
+    if (out / f"{name}.xml").is_file():
+        suite = ElementTree.parse(out / f"{name}.xml").getroot().find("testsuite")
         if suite is not None:
             counts = ("tests", "failures", "errors", "skipped")
             return ", ".join(f"{suite.get(count)} {count}" for count in counts)
     report = read_json(out / f"{'ops' if name.startswith('ops-') else name}.json")
-    rows = [r for r in report.get("rows", []) if name in ("block", "e2e", f"ops-{r['op']}")]
+    whole = ("block", "e2e", "dropin")
+    rows = [r for r in report.get("rows", []) if name in (*whole, f"ops-{r['op']}")]
     if not rows:
         return ""
     ours = {_key(r): r["p50_ms"] for r in rows if r["provider"] == "sora_kernels"}
@@ -171,29 +137,53 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--part", action="append", default=[], metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="few benchmark cases")
+    parser.add_argument("--again", action="store_true", help="also what ended well before")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="peers, installed into --out")
     parser.add_argument("--list", action="store_true", help="only say what would run")
     parser.add_argument("--no-gpu", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.out is None and not (args.list or args.no_gpu):
+    if args.out is None and not args.list:
         parser.error("--out: expected a folder for the results")
     if not args.budget > 0:
         parser.error(f"--budget: expected minutes above 0, got {args.budget:g}")
-    out = (args.out or Path("DIR")).resolve() if args.out else Path("DIR")
+    if args.wheels and (reason := refuse_wheels(args.wheels)):
+        parser.error(reason)
+    out = args.out.resolve() if args.out else Path("DIR")
     try:
-        chosen = select(parts(out, args.quick), args.part)
+        chosen = select(parts(out, args.quick, args.wheels), args.part)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.list or args.no_gpu:
-        if args.no_gpu:
-            print("no Python here sees an NVIDIA GPU; on a machine with one this would run:")
-        for part in chosen:
-            print(f"{part.name:24} " + " && ".join(" ".join(c) for c in part.commands))
+    if args.list:
+        print(listing(chosen))
         return 0
-    return run(chosen, out, args.budget * 60)
+    again = args.again or bool(args.part)
+    return run(chosen, out, args.budget * 60, gpu=not args.no_gpu, again=again)
 
 
-def run(chosen: list[Part], out: Path, budget: float) -> int:
+def listing(chosen: list[Part]) -> str:
+    """One line per part: what it is called, how long it should take, what it runs."""
+    lines = [f"{'part':30} {'minutes':>7}  commands"]
+    for part in chosen:
+        text = " && ".join(" ".join(command) for command in part.commands)
+        text = text.replace(sys.executable, "python")
+        text = " ".join(text.split())
+        lines.append(f"{part.name:30} {part.minutes:7.1f}  {text[:160]}")
+    total = sum(part.minutes for part in chosen)
+    lines.append(f"{len(chosen)} parts, about {total:.0f} minutes (estimates, not measured)")
+    return "\n".join(lines)
+
+
+def why_skipped(part: Part, gpu: bool) -> str:
+    """Why this machine cannot run a part, "" if it can."""
+    if part.gpu and not gpu:
+        return f"{SKIPPED}: no Python here sees an NVIDIA GPU"
+    return f"{SKIPPED}: {part.missing} is not installed" if part.missing else ""
+
+
+def run(
+    chosen: list[Part], out: Path, budget: float, *, gpu: bool = True, again: bool = True
+) -> int:
     """Runs the parts within the budget and prints the table; 1 if a part did not end well."""
     out.mkdir(parents=True, exist_ok=True)
     records: dict[str, Any] = read_json(out / "lane.json").get("parts", {})
@@ -201,21 +191,29 @@ def run(chosen: list[Part], out: Path, budget: float) -> int:
     with open(out / "lane.log", "a") as log:
         for part in chosen:
             left = budget - (time.monotonic() - started)
-            if left < 5:
+            if reason := why_skipped(part, gpu):
+                records[part.name] = {"status": reason, "seconds": 0.0}
+            elif not again and records.get(part.name, {}).get("status") == "ok":
+                continue
+            elif left < 5:
                 records[part.name] = {"status": "not run: out of budget", "seconds": 0.0}
             else:
                 print(f"{part.name} ...", flush=True)
-                records[part.name] = run_part(part, min(LIMIT_SECONDS, left), log)
+                limit = min(LIMIT_SECONDS, left)
+                records[part.name] = run_part(part, limit, log, out / "site")
                 merge_ops(out)
                 records[part.name]["note"] = note(out, part.name)
             write_json(out / "lane.json", {"parts": records})
-    print(f"\n{'part':24} {'seconds':>8}  result")
+    print(f"\n{'part':30} {'seconds':>8}  result")
+    kinds: Counter[str] = Counter()
     for part in chosen:
         record = records[part.name]
         result = "; ".join(filter(None, (record["status"], record.get("note", ""))))
-        print(f"{part.name:24} {record['seconds']:8.1f}  {result}")
-    print(f"results in {out}")
-    return int(any(records[part.name]["status"] != "ok" for part in chosen))
+        print(f"{part.name:30} {record['seconds']:8.1f}  {result}")
+        kind = record["status"].partition(":")[0]
+        kinds[kind if kind in ("ok", SKIPPED) else "failed"] += 1
+    print(f"{kinds['ok']} ok, {kinds['failed']} failed, {kinds[SKIPPED]} skipped; results in {out}")
+    return int(kinds["failed"] > 0)
 
 
 if __name__ == "__main__":

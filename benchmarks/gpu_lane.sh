@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Build, test and measure on a machine with an NVIDIA GPU; no network, no installation.
-#   benchmarks/gpu_lane.sh --out DIR [--budget MINUTES] [--part NAME ...] [--quick] [--list]
+#   benchmarks/gpu_lane.sh --out DIR [--budget MINUTES] [--part NAME ...] [--wheels DIR] [--quick]
+#   benchmarks/gpu_lane.sh --list
+# Without a GPU, parts that need one are skipped and counted.
 # Needs a Python with torch (CUDA build), triton, numpy, pytest, rich and ninja: $PYTHON, or .venv,
 # or python3, whichever sees a GPU first.
 set -euo pipefail
@@ -12,7 +14,11 @@ sees_gpu() {
 
 for python in ${PYTHON:+"$PYTHON"} .venv/bin/python python3; do
   if sees_gpu "$python"; then
-    exec "$python" benchmarks/gpu_lane.py "$@"
+    exec "$python" -m benchmarks.gpu_lane "$@"
   fi
 done
-exec "${PYTHON:-python3}" benchmarks/gpu_lane.py --no-gpu "$@"
+for python in ${PYTHON:+"$PYTHON"} .venv/bin/python python3; do
+  if command -v "$python" >/dev/null; then
+    exec "$python" -m benchmarks.gpu_lane --no-gpu "$@"
+  fi
+done

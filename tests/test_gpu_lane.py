@@ -1,6 +1,7 @@
 """The GPU lane's own machinery, which runs anywhere: selection, limits, records, the table."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,25 +11,47 @@ import pytest
 import torch
 
 from benchmarks import gpu_lane
-from benchmarks.gpu_lane import Part, merge_ops, note, parts, run, select
+from benchmarks.gpu_lane import merge_ops, note, run
+from benchmarks.gpu_lane_parts import Part, parts, refuse_wheels, select
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the lane would run")
-def test_without_a_gpu_it_says_what_it_would_run(tmp_path: Path) -> None:
-    command = [str(ROOT / "benchmarks" / "gpu_lane.sh"), "--out", str(tmp_path / "lane")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "would run" in result.stdout and "-m pytest -q -m gpu" in result.stdout
-    assert not (tmp_path / "lane").exists()
+def test_without_a_gpu_it_runs_the_rest_and_counts_what_it_skips(tmp_path: Path) -> None:
+    """Every op once on the CPU; the scripts of the GPU parts are reached by the other tests."""
+    out = tmp_path / "lane"
+    command = [str(ROOT / "benchmarks" / "gpu_lane.sh"), "--out", str(out)]
+    env = {**os.environ, "PYTHON": PYTHON}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    records = json.loads((out / "lane.json").read_text())["parts"]
+    ran = {name: record for name, record in records.items() if record["status"] == "ok"}
+    assert list(ran) == ["smallest"] and len(records) > 30
+    skipped = [record["status"] for name, record in records.items() if name not in ran]
+    assert set(skipped) == {"skipped: no Python here sees an NVIDIA GPU"}
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith(f"1 ok, 0 failed, {len(skipped)} skipped")
+    log = (out / "lane.log").read_text()
+    for op in ("norm_modulate", "windowed_attention", "guided_step"):
+        assert f"{op} bfloat16: (" in log
+
+
+def test_list_says_what_would_run_and_for_how_long(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_lane.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    every = parts(Path("DIR"), quick=False)
+    assert [line.split()[0] for line in lines[1:-1]] == [part.name for part in every]
+    assert all(0 < part.minutes <= 9 for part in every)
+    assert lines[-1].startswith(f"{len(every)} parts, about ")
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--no-gpu", "--part", "nonsense"], "--part: expected one of build"),
+        (["--list", "--part", "nonsense"], "--part: expected one of smallest"),
+        (["--list", "--wheels", "docs"], "--wheels: expected a folder with"),
         (["--list", "--budget", "0"], "--budget: expected minutes above 0, got 0"),
         ([], "--out: expected a folder"),
     ],
@@ -48,9 +71,31 @@ def test_every_benchmark_has_a_part(tmp_path: Path) -> None:
     names = [part.name for part in parts(tmp_path, quick=True)]
     files = (ROOT / "benchmarks").glob("bench_*.py")
     assert {f"ops-{p.stem.removeprefix('bench_')}" for p in files} <= set(names)
-    assert {"build", "test", "block", "e2e"} <= set(names)
+    assert {"build", "block", "e2e", "dropin", "graph", "libraries"} <= set(names)
+    assert {"sanitize-memcheck", "sanitize-racecheck", "ceilings", "test-ops"} <= set(names)
     chosen = [part.name for part in select(parts(tmp_path, quick=True), ["ops", "build"])]
     assert chosen == [n for n in names if n == "build" or n.startswith("ops-")]
+    tested = {a for p in parts(tmp_path, quick=True) for c in p.commands for a in c}
+    files = {str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert files <= tested
+
+
+def test_wheels_are_unpacked_where_the_parts_look(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "torch-2.11.0-cp312-cp312-linux_x86_64.whl").touch()
+    assert "would replace the machine's own" in str(refuse_wheels(wheels))
+    (wheels / "torch-2.11.0-cp312-cp312-linux_x86_64.whl").rename(
+        wheels / "peer-1-py3-none-any.whl"
+    )
+    assert refuse_wheels(wheels) is None
+    first = parts(tmp_path, quick=True, wheels=wheels)[0]
+    assert first.name == "wheels" and "--no-index" in first.commands[0]
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "peer.py").write_text("print('found the peer')")
+    assert run([Part("peer", ((PYTHON, "-m", "peer"),))], tmp_path, budget=60) == 0
+    assert "found the peer" in (tmp_path / "lane.log").read_text()
 
 
 def test_a_failed_and_a_slow_part_do_not_stop_the_others(
@@ -69,7 +114,9 @@ def test_a_failed_and_a_slow_part_do_not_stop_the_others(
     assert "first" in log and "fine" in log
     last = capsys.readouterr().out.splitlines()[-4:]
     assert last[0].startswith("fails") and last[2].split()[-1] == "ok"
-    assert run(chosen[2:], tmp_path / "out", budget=60) == 0  # earlier records stay
+    assert last[3].startswith("1 ok, 2 failed, 0 skipped")
+    assert run(chosen[2:], tmp_path / "out", budget=60, again=False) == 0  # earlier records stay
+    assert "works ..." not in capsys.readouterr().out  # and what ended well is not run again
     assert len(json.loads((tmp_path / "out" / "lane.json").read_text())["parts"]) == 3
 
 
@@ -104,5 +151,5 @@ def test_reports_of_single_ops_are_joined_and_summarised(tmp_path: Path) -> None
 
 def test_summary_of_the_tests(tmp_path: Path) -> None:
     xml = '<testsuites><testsuite tests="9" failures="1" errors="0" skipped="2"/></testsuites>'
-    (tmp_path / "test.xml").write_text(xml)
-    assert note(tmp_path, "test") == "9 tests, 1 failures, 0 errors, 2 skipped"
+    (tmp_path / "test-ops.xml").write_text(xml)
+    assert note(tmp_path, "test-ops") == "9 tests, 1 failures, 0 errors, 2 skipped"
