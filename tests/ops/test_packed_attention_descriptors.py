@@ -13,7 +13,10 @@ from torch import Tensor
 from triton.runtime.interpreter import TensorDescHandle
 
 from sora_kernels import Grid, PackedLayout, Text, Window, backend, packed_attention
+from sora_kernels.aot import ARCHS
+from sora_kernels.ops.packed_attention import aot_cases as dense_cases
 from sora_kernels.ops.packed_attention import config as configs
+from sora_kernels.ops.packed_attention.aot_cases import HEAD_DIMS
 from sora_kernels.ops.packed_attention.config import (
     Launch,
     choose_config,
@@ -21,6 +24,7 @@ from sora_kernels.ops.packed_attention.config import (
     forced_descriptors,
     wants_descriptors,
 )
+from sora_kernels.ops.windowed_attention import aot_cases as windowed_cases
 from sora_kernels.ops.windowed_attention.config import choose_config as choose_windowed_config
 from tests.helpers import poisoned, randn
 
@@ -79,6 +83,30 @@ def test_a_launch_asks_for_aligned_tensors() -> None:
     with forced_descriptors(False):
         assert not wants_descriptors(launch, aligned)
     assert configs._forced is None
+
+
+@pytest.mark.parametrize(
+    ("listing", "choose"),
+    [(dense_cases, choose_config), (windowed_cases, choose_windowed_config)],
+    ids=["dense", "windowed"],
+)
+def test_the_cross_compiler_sees_both_ways_of_reading(listing: Any, choose: Any) -> None:
+    """Every head dim and direction on every chip; what reads by descriptors also by pointers."""
+    found = {}
+    for case in listing.aot_cases():
+        kind, width, dtype = case.name.split("_")[:3]
+        for arch in case.archs:
+            found[kind, width, dtype, arch, case.descriptors > 0] = case.descriptors
+    for head_dim, kind, arch in itertools.product(HEAD_DIMS, KINDS, ARCHS):
+        config = choose(head_dim, torch.bfloat16, divmod(arch, 10))
+        name = (kind, f"hd{head_dim}", "bf16", arch)
+        assert (*name, False) in found
+        descriptors = getattr(config, kind).descriptors
+        assert ((*name, True) in found) == descriptors
+        if descriptors:  # of two tensors, in the dense forward in two heights
+            parts = 2 if config.dim2 else 1
+            heights = 2 if (kind, listing) == ("fwd", dense_cases) else 1
+            assert found[(*name, True)] == 2 * parts * heights
 
 
 # --- bits ---------------------------------------------------------------------------------------
