@@ -206,10 +206,11 @@ class Flex:
         from torch.nn.attention.flex_attention import BlockMask
 
         n = layout.num_tokens
-        lists = [x[None, None] for x in block_tensors(layout, self.window, block).by_query]
+        lists: Any = [x[None, None] for x in block_tensors(layout, self.window, block).by_query]
         return BlockMask.from_kv_blocks(
-            *lists, BLOCK_SIZE=block, mask_mod=self.rule(layout), seq_lengths=(n, n)
-        )
+            lists[0], lists[1], lists[2], lists[3],
+            BLOCK_SIZE=block, mask_mod=self.rule(layout), seq_lengths=(n, n),
+        )  # fmt: skip
 
     def rule(self, layout: PackedLayout) -> Any:
         """The window as FlexAttention takes it: a function of the two token numbers."""

@@ -10,7 +10,14 @@ from torch import Tensor
 from ... import backend
 from .._attention import fake_bwd, fake_fwd, gradients
 from ..windowed_attention import flash_attn_4, prepare_window, windowed_attention
-from .checks import check_cu_seqlens, check_qkv, check_scale, check_windowed, host_lengths
+from .checks import (
+    check_cu_seqlens,
+    check_max_seqlen,
+    check_qkv,
+    check_scale,
+    check_windowed,
+    host_lengths,
+)
 from .config import chip_of, config_for
 from .libraries import OWN, Arguments, run_by_library, windowed_library
 from .reference import packed_attention_reference
@@ -114,7 +121,7 @@ def packed_attention(
         cu_seqlens, max_seqlen = layout.cu_seqlens, layout.max_seqlen
     assert cu_seqlens is not None  # one of the two was given
     check_cu_seqlens("cu_seqlens" if layout is None else "layout", cu_seqlens, q)
-    max_seqlen = q.shape[0] if max_seqlen is None else max_seqlen
+    max_seqlen = check_max_seqlen("max_seqlen", max_seqlen, q.shape[0])
     cross = cu_seqlens_k is not None
     if cu_seqlens_k is None:
         if k.shape[0] != q.shape[0]:
@@ -130,7 +137,7 @@ def packed_attention(
                 f"cu_seqlens_k: expected {cu_seqlens.shape[0] - 1} segments as the queries have, "
                 f"got {cu_seqlens_k.shape[0] - 1}"
             )
-        max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+        max_seqlen_k = check_max_seqlen("max_seqlen_k", max_seqlen_k, k.shape[0])
 
     if q.is_cuda or library is not None:
         call = Arguments(

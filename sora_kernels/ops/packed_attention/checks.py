@@ -54,6 +54,19 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: expected the device of q, {x.device}, got {cu_seqlens.device}")
 
 
+def check_max_seqlen(name: str, value: Any, default: int) -> int:
+    """A host integer: a tensor would be waited for."""
+    if value is None:
+        return default
+    integer = isinstance(value, (int, torch.SymInt))
+    if not integer:
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    length: int = value
+    if length < 0:
+        raise ValueError(f"{name}: expected at least 0, got {length}")
+    return length
+
+
 def check_scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return float(head_dim**-0.5)

@@ -101,6 +101,9 @@ def _installed(module: str) -> bool:
         return False
 
 
+_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as config._capability
+
+
 def _common(call: Call, *, least: tuple[int, int], widest: int) -> str | None:
     """What no library takes."""
     if call.chip is None:
@@ -162,9 +165,18 @@ def _why_not_varlen(call: Call) -> str | None:
     return None
 
 
+def _parameters(module: str, function: str) -> tuple[str, ...]:
+    """Names of a function's parameters, which change from one release to the next."""
+    return tuple(inspect.signature(getattr(importlib.import_module(module), function)).parameters)
+
+
+_parameters._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as config._capability
+
+
 def _varlen(a: Arguments) -> Any:
-    function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    known = inspect.signature(function).parameters  # they changed from one torch to the next
+    from torch.nn.attention.varlen import varlen_attn as function
+
+    known = _parameters("torch.nn.attention.varlen", "varlen_attn")
     options: dict[str, Any] = {"scale": a.scale}
     if a.causal and "is_causal" in known:
         options["is_causal"] = True
@@ -203,8 +215,20 @@ def _why_not_flash_4_windowed(call: Call) -> str | None:
 
 
 def _flash(module: str, a: Arguments) -> Any:
-    function = importlib.import_module(module).flash_attn_varlen_func
-    known = inspect.signature(function).parameters
+    # Statements, because torch.compile follows them and no importlib.
+    if module == "flash_attn.cute":
+        from flash_attn.cute import (  # type: ignore[import-not-found]
+            flash_attn_varlen_func as function,
+        )
+    elif module == "flash_attn_interface":
+        from flash_attn_interface import (  # type: ignore[import-not-found]
+            flash_attn_varlen_func as function,
+        )
+    else:
+        from flash_attn.flash_attn_interface import (  # type: ignore[import-not-found]
+            flash_attn_varlen_func as function,
+        )
+    known = _parameters(module, "flash_attn_varlen_func")
     lse = "return_lse" if "return_lse" in known else "return_attn_probs"
     result = function(
         a.q, a.k, a.v, cu_seqlens_q=a.cu_q, cu_seqlens_k=a.cu_k, max_seqlen_q=a.max_q,
@@ -332,13 +356,13 @@ def _settle(op: str, q: Tensor, k: Tensor, library: str | None, **facts: Any) ->
         chip=chip, dtype=q.dtype, head_dim=q.shape[2], heads=q.shape[1], heads_k=k.shape[1],
         compiling=torch.compiler.is_compiling(), **facts,
     )  # fmt: skip
-    if library is not None:
+    if library is None:
+        name, refused = choose(call, rules)
+    else:
         reason = LIBRARIES[library].why_not(call)
         if reason is not None:
             raise ValueError(f"library: {library} cannot run this call: {reason}")
-        name, refused = library, {}
-    else:
-        name, refused = choose(call, rules)
+        name, refused = library, dict[str, str]()
     if not call.compiling:
         reasons = "; ".join(f"{other}: {reason}" for other, reason in refused.items())
         backend.record(op, q.device.type, name, reasons)
