@@ -356,13 +356,13 @@ def _settle(op: str, q: Tensor, k: Tensor, library: str | None, **facts: Any) ->
         chip=chip, dtype=q.dtype, head_dim=q.shape[2], heads=q.shape[1], heads_k=k.shape[1],
         compiling=torch.compiler.is_compiling(), **facts,
     )  # fmt: skip
+    refused: dict[str, str] = {}
     if library is None:
         name, refused = choose(call, rules)
     else:
-        reason = LIBRARIES[library].why_not(call)
+        name, reason = library, LIBRARIES[library].why_not(call)
         if reason is not None:
             raise ValueError(f"library: {library} cannot run this call: {reason}")
-        name, refused = library, dict[str, str]()
     if not call.compiling:
         reasons = "; ".join(f"{other}: {reason}" for other, reason in refused.items())
         backend.record(op, q.device.type, name, reasons)
