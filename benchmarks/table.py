@@ -70,10 +70,12 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     for line in env.get("backends", []):
         if ": reference" in line:  # then "ours" is plain PyTorch too, and its time says little
             console.print(f"not the fast path: {line}", markup=False, highlight=False)
+    skipped: dict[tuple[str, str], list[str]] = {}
     for note in env.get("skipped", []):
-        console.print(
-            f"skipped {note['provider']} in {note['case']}: {note['reason']}", markup=False
-        )
+        skipped.setdefault((note["provider"], note["reason"]), []).append(note["case"])
+    for (provider, reason), names in skipped.items():
+        where = names[0] if len(names) == 1 else f"{len(names)} cases"
+        console.print(f"skipped {provider} in {where}: {reason}", markup=False, highlight=False)
 
 
 def device_busy(env: Mapping[str, Any]) -> bool:
