@@ -8,8 +8,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-sees_gpu() {
-  command -v "$1" >/dev/null && "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
+sees_gpu() {  # importing torch takes seconds, so first whether there is a driver at all
+  { [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null; } && command -v "$1" >/dev/null && "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
 }
 
 for python in ${PYTHON:+"$PYTHON"} .venv/bin/python python3; do
