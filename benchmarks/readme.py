@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scores import certificate, scores
+from benchmarks.scores import certificate, headline_scores, scores
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
@@ -25,8 +25,13 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 OURS = "sora_kernels"
 # README shows one size of each op, beyond the cache; docs/benchmarks.md shows all.
 HEADLINE = re.compile(
-    r"16384x1152 R=8$|16384x16x72|joint|4096x4608|x90x160|^mixed|tile$|^100000 |x\d+x\d+ "
+    r"16384x1152 R=8$|16384x16x72|joint|4096x4608|x90x160|^mixed|tile$|x\d+x\d+ |^window"
 )
+SHOWN = (
+    "norm_modulate", "gate_residual", "gate_residual_norm_modulate", "qk_norm_rope",
+    "packed_attention", "bias_gelu", "patchify", "unpatchify", "causal_conv_pad", "norm_silu",
+    "guided_step",
+)  # fmt: skip
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -56,8 +61,8 @@ def against(row: Mapping[str, Any], other: str) -> str:
     return f"{interval['median']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
 
 
-def timings(suite: str, cases: re.Pattern[str] | None = None) -> str:
-    """Ours against plain and compile, one line per case (of those whose name matches)."""
+def timings(suite: str) -> str:
+    """Ours against plain and compile, one line per case."""
     report = load(RESULTS / f"{suite}.json")
     if report is None:
         return "Not measured yet."
@@ -70,12 +75,36 @@ def timings(suite: str, cases: re.Pattern[str] | None = None) -> str:
             against(row, "compile"),
         ]
         for row in report["rows"]
-        if row["provider"] == OURS
-        and row["op"] != "dispatch"
-        and (cases is None or cases.search(row["case"]))
+        if row["provider"] == OURS and row["op"] != "dispatch"
     ]
     header = ("case", "ours, ms", "of floor", "faster than plain", "faster than compile")
     return table(header, rows) + "\n\n" + conditions(report)
+
+
+def ratios(suite: str, keep: Callable[[Mapping[str, Any]], bool] = lambda row: True) -> str:
+    """One line per case: how many times faster ours is than plain / than compile."""
+    report = load(RESULTS / f"{suite}.json")
+    if report is None:
+        return "Not measured yet."
+    found: dict[str, dict[str, str]] = {}
+    for row in report["rows"]:
+        if row["provider"] == OURS and keep(row):
+            intervals = [row.get("paired", {}).get(other) for other in ("plain", "compile")]
+            shown = " / ".join("-" if i is None else f"{i['median']:.2f}" for i in intervals)
+            way = f"{row['dtype']} {row['mode']}"
+            found.setdefault(f"{row['op']} {row['case']}", {})[way] = shown
+    columns = sorted({way for ways in found.values() for way in ways}, key=_way_order)
+    rows = [[case, *(ways.get(way, "-") for way in columns)] for case, ways in found.items()]
+    return table(("case", *columns), rows) + "\n\n" + conditions(report)
+
+
+def _way_order(way: str) -> tuple[int, int]:
+    dtype, mode = way.split()
+    return ("fp32", "bf16", "fp16").index(dtype), ("fwd", "bwd", "fwd+bwd").index(mode)
+
+
+def headline(row: Mapping[str, Any]) -> bool:
+    return row["op"] in SHOWN and HEADLINE.search(row["case"]) is not None
 
 
 def dispatch() -> str:
@@ -119,12 +148,30 @@ def end_to_end() -> str:
     return table(header, rows) + "\n\n" + conditions(report)
 
 
+def ways() -> str:
+    """How many times faster ours is than each other way, one line a way."""
+    report = load(RESULTS / "e2e.json")
+    if report is None:
+        return "Not measured yet."
+    found: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for row in report["rows"]:
+        if row["provider"] == OURS:
+            column = f"{row['op'].replace('_', ' ')}, {row['dtype']}"
+            columns[column] = None
+            for other in row["paired"]:
+                if other != "plain":  # the best of the plain ways, which have lines of their own
+                    found.setdefault(other, {})[column] = against(row, other)
+    rows = [[way, *(values.get(c, "-") for c in columns)] for way, values in found.items()]
+    return table(("against", *columns), rows) + "\n\n" + conditions(report)
+
+
 def dropin_reports() -> list[dict[str, Any]]:
     """Blocks of diffusers; families may be measured one by one, into ``dropin*.json``."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("dropin*.json"))]
 
 
-def dropin_rows() -> dict[tuple[str, str, str, str], dict[str, Any]]:
+def dropin_rows() -> dict[tuple[str, ...], dict[str, Any]]:
     """(case, dtype, mode, provider) -> row, from all reports."""
     return {
         (r["case"], r["dtype"], r["mode"], r["provider"]): r
@@ -211,6 +258,21 @@ def all_dropin() -> str:
     return "\n\n".join([table(header, rows), *notes, dropin_conditions()])
 
 
+def sizes() -> str:
+    """Large pictures and videos: time and memory of each stage."""
+    report = load(RESULTS / "sizes.json")
+    if report is None:
+        return "Not measured yet."
+    rows = [
+        [f"{r['case']}, {r['stage']}", f"{r['tokens']}", f"{r['seconds']:.1f}", f"{r['peak_mb']}"]
+        for r in report["rows"]
+    ]
+    env = report["env"]
+    where = f"{env['cpu']}, {env['threads']} threads; {env['date'][:10]}"
+    header = ("what", "latents or tokens", "seconds", "peak of the process, MB")
+    return table(header, rows) + f"\n\n{where}; the bound is {report['bound_mb']} MB."
+
+
 def judged(name: str, show: Callable[[Mapping[str, Any], Any], str]) -> str:
     """A table of the judge's results in ``model/results``."""
     report = load(ROOT / "model" / "results" / f"{name}.json")
@@ -218,14 +280,18 @@ def judged(name: str, show: Callable[[Mapping[str, Any], Any], str]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "ops": lambda: timings("ops", HEADLINE),
+    "ops": lambda: ratios("ops", headline),
     "all_ops": lambda: timings("ops"),
     "dispatch": dispatch,
-    "block": lambda: timings("block"),
-    "e2e": end_to_end,
+    "block": lambda: ratios("block"),
+    "all_block": lambda: timings("block"),
+    "e2e": ways,
+    "all_e2e": end_to_end,
+    "sizes": sizes,
     "dropin": dropin,
     "all_dropin": all_dropin,
-    "scores": lambda: judged("evaluate", scores),
+    "scores": lambda: judged("evaluate", headline_scores),
+    "all_scores": lambda: judged("evaluate", scores),
     "certificate": lambda: judged("certificate", certificate),
 }
 

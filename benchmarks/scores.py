@@ -44,6 +44,27 @@ def scores(report: Mapping[str, Any], table: Table) -> str:
     return table(header, rows) + f"\n\nOracle {report['judge']['oracle']}, seed {report['seed']}."
 
 
+def headline_scores(report: Mapping[str, Any], table: Table) -> str:
+    """Everything right jointly: one line a row, between its ceiling and its best floor."""
+    if report["schema"] == 1:
+        return _first_schema(report, table)
+    rows = []
+    for row in report["rows"]:
+        metric = row["metrics"]["all"]
+        floors = [value["value"] for value in metric["floors"].values() if value is not None]
+        rows.append(
+            [
+                f"{row['name']} ({row['size']}, {row['frames']} frames, n={row['clips']})",
+                _show(metric["generated"], "rate") + (" (void)" if metric["void"] else ""),
+                _show(metric["ceilings"]["vae"], "rate", short=True),
+                f"{100 * max(floors):.0f}%" if floors else "-",
+                f"{100 * row['chance']:.1f}%",
+            ]
+        )
+    header = ("row", "all right", "VAE ceiling", "best floor", "chance")
+    return table(header, rows) + f"\n\nOracle {report['judge']['oracle']}, seed {report['seed']}."
+
+
 def _show(value: Mapping[str, float] | None, unit: str, short: bool = False) -> str:
     if value is None:
         return "-"
