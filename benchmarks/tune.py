@@ -253,7 +253,7 @@ def tune(op: str, pattern: str | None, device: str, timer: Any, seconds: float) 
     """Every lookup of every case, each measured once, within the time."""
     end = time.monotonic() + seconds
     seen: set[Any] = set()
-    found = []
+    found: list[Found] = []
     for case, run in runs_of(op, device):
         with recorded() as lookups:
             run()

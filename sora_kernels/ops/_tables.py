@@ -126,7 +126,7 @@ def tuned(
         raise ValueError(
             f"table of {op}, {kernel}: expected fields of {fields}, got {', '.join(unknown)}"
         )
-    return default._replace(**changes)  # type: ignore[attr-defined,no-any-return]
+    return default._replace(**changes)  # type: ignore[attr-defined]
 
 
 @contextmanager
