@@ -8,9 +8,9 @@ costs one forward pass of 2x the segments and no padding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from model.text import NO_PROMPT
 from sora_kernels.packing import PackedLayout
 
 Velocity = Callable[[list[Tensor], Tensor], list[Tensor]]
+Rule = Callable[[list[Tensor], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ def euler(
     moving: Sequence[int | None],
     schedule: Tensor,
     progress: Callable[[int], None] | None = None,
-    copies: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+    settle: Rule = lambda x, times: None,
 ) -> list[Tensor]:
     """Integrates dx = v dt along `schedule` [K + 1, S]; column s holds the times of clip s.
 
     `moving[i]` is the clip of part i, or None for a part that stays as it is (given).
-    `copies[i] = (j, first)`: part i is, at every step, part j from its latent `first` on.
+    `settle(parts, times)` may replace parts of the list after every step, `times` [S] of its end.
     """
     x = list(parts)
     for k in range(schedule.shape[0] - 1):
@@ -90,8 +91,7 @@ def euler(
             xi if s is None else euler_step(xi, vi, float(now[s]), float(then[s]))
             for xi, vi, s in zip(x, v, moving, strict=True)
         ]
-        for i, (j, first) in copies.items():
-            x[i] = x[j][:, first:]
+        settle(x, then)
         if progress is not None:
             progress(k + 1)
     return x
@@ -137,6 +137,20 @@ def start_of(request: Request, channels: int) -> Tensor:
     return interpolate(request.source.to(noise), noise, request.strength)
 
 
+def _copy(main: int, x: list[Tensor], times: Tensor) -> None:
+    """The two parts before part `main` are its latents from 1 on."""
+    x[main - 2] = x[main - 1] = x[main][:, 1:]
+
+
+def _lead(
+    main: int, clip: int, latent: Tensor, noise: Tensor, x: list[Tensor], times: Tensor
+) -> None:
+    """The first latents of part `main` stand where the way from the noise to `latent` is now."""
+    count = min(latent.shape[1], noise.shape[1])
+    led = interpolate(latent[:, :count], noise[:, :count], float(times[clip]))
+    x[main] = torch.cat([led, x[main][:, count:]], 1)
+
+
 @torch.no_grad()
 def sample(
     model: DiT,
@@ -145,6 +159,9 @@ def sample(
     progress: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Latents [C, T, H, W] of all requests, in order, sampled in one pack.
+
+    A given part that begins with the clip has the clip's own first latents, because the VAE is
+    causal: these do not walk freely, but straight from the noise to what is given.
 
     Raises ValueError for latents that the patch does not divide or that have other channels.
     """
@@ -155,7 +172,7 @@ def sample(
     parts: list[Tensor] = []
     moving: list[int | None] = []
     columns: list[Tensor] = []
-    copies: dict[int, tuple[int, int]] = {}
+    rules: list[Rule] = []
     for number, request in enumerate(requests):
         for known in (*(part.latent for part in request.given), request.source):
             if known is not None and known.shape[0] != config.channels:
@@ -165,14 +182,23 @@ def sample(
         parts += [part.latent.to(device) for part in request.given]
         start = start_of(request, config.channels).to(device)
         if request.loop:
-            main = len(parts) + 2
-            copies |= {main - 2: (main, 1), main - 1: (main, 1)}
+            rules.append(partial(_copy, len(parts) + 2))
             parts += [start[:, 1:]] * 2
         parts.append(start)
+        for part in request.given:
+            if part.time == 0 and part.step == 1 and part.latent.shape[2:] == start.shape[2:]:
+                noise = start_noise(config.channels, request.latent, request.seed).to(device)
+                latent = part.latent.to(device)
+                rules.append(partial(_lead, len(parts) - 1, number, latent, noise))
         moving += [None] * (len(parts) - len(moving) - 1) + [number]
         tokens = math.prod(request.latent) // math.prod(config.patch)
         shift = size_shift(tokens, config.base_tokens, sampling.shift)
         columns.append(euler_times(sampling.steps, shift, request.strength))
     velocity = guided(model, requests, sampling.guidance)
-    parts = euler(velocity, parts, moving, torch.stack(columns, dim=1), progress, copies)
+
+    def settle(x: list[Tensor], times: Tensor) -> None:
+        for rule in rules:
+            rule(x, times)
+
+    parts = euler(velocity, parts, moving, torch.stack(columns, dim=1), progress, settle)
     return [part for part, clip in zip(parts, moving, strict=True) if clip is not None]

@@ -239,13 +239,13 @@ def test_given_parts_guide_the_clip_that_is_made() -> None:
     given = Given(torch.randn(4, 1, 4, 4), 0.0)
     request = Request([1, 2], (3, 4, 4), given=[given])
     (clip,) = sample(model, [request], few)
-    assert clip.shape == (4, 3, 4, 4)
+    assert clip.shape == (4, 3, 4, 4) and torch.equal(clip[:, :1], given.latent)
     for other in (
         dataclasses.replace(request, given=[]),
         dataclasses.replace(request, given=[dataclasses.replace(given, time=4.0)]),
         dataclasses.replace(request, given=[Given(given.latent + 1, 0.0)]),
     ):
-        assert not torch.allclose(sample(model, [other], few)[0], clip, atol=0.01)
+        assert not torch.allclose(sample(model, [other], few)[0][:, 1:], clip[:, 1:], atol=0.01)
     wrong = dataclasses.replace(request, given=[Given(torch.randn(3, 1, 4, 4), 0.0)])
     with pytest.raises(ValueError, match="given, source: expected 4 channels, got 3"):
         sample(model, [wrong], few)
