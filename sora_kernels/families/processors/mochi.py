@@ -8,8 +8,6 @@ place at once: video, valid text, the rest; attention reads the front of that.
 
 from __future__ import annotations
 
-import functools
-import weakref
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch.nn import functional
 
 from ...ops.qk_norm_rope import qk_norm_rope_joint
 from ...packing import Rope
-from .._sites import FLOATS, remembered_rope
+from .._sites import FLOATS, remembered, remembered_rope
 from ._joint import why_norms_left
 
 
@@ -56,7 +54,7 @@ class FusedMochiAttnProcessor(MochiAttnProcessor2_0):
         if image_rotary_emb is not None:
             cos, sin = image_rotary_emb
             rope = remembered_rope(cos, sin, text_length, _rope)
-        rows, valid = _remembered_rows(mask, length)
+        rows, valid = _rows(mask, length)
         joint = qk_norm_rope_joint(
             [[p(stream).unflatten(2, heads) for p in three] for stream, three in linears],
             [attn.norm_q.weight, attn.norm_added_q.weight],
@@ -97,29 +95,8 @@ def _rope(cos: Tensor, sin: Tensor, text_length: int) -> Rope:
 
 Rows = tuple[tuple[Tensor, Tensor], list[int]]
 
-_last_rows: list[Any] = []
 
-
-def _forget(kept: list[Any], _: Any) -> None:
-    kept.clear()
-
-
-def _remembered_rows(mask: Tensor, length: int) -> Rows:
-    """:func:`_rows`, kept while the next blocks bring the very same mask: it waits for the device.
-
-    One entry, which goes when the mask does. Not while compiling.
-    """
-    if torch.compiler.is_compiling() or mask.is_inference():
-        return _rows(mask, length)
-    key = (mask._version, length)
-    if _last_rows and _last_rows[0]() is mask and _last_rows[1] == key:
-        rows: Rows = _last_rows[2]
-        return rows
-    rows = _rows(mask, length)
-    _last_rows[:] = [weakref.ref(mask, functools.partial(_forget, _last_rows)), key, rows]
-    return rows
-
-
+@remembered
 def _rows(mask: Tensor, length: int) -> Rows:
     """Where video and text tokens go, int64, and how many text tokens of each sample are valid.
 
