@@ -1,15 +1,19 @@
 """A prompt becomes a video: `python -m model.generate "a red circle moving left" -o out.mp4`.
 
-Every mode is an option; `docs/modes.md` shows each of them as a list of parts.
+Every mode is an option; `docs/modes.md` shows each of them as a list of parts. The file says how it
+was made (`model.provenance`).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +21,7 @@ from torch import Tensor
 from model import modes
 from model.cli import Parser, positive, progress_bar, run
 from model.modes import Job
+from model.provenance import sign
 from model.sample import Sampling
 from model.stack import CHECKPOINT, Size, Stack, load_stack
 from model.video import contact_sheet, read_image, read_video, write_image, write_video
@@ -263,6 +268,32 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """What is signed into the file: how it was made."""
+    mode = next((name for name in MODES if getattr(args, name)), "text")
+    return {
+        "prompt": args.prompt,
+        "mode": mode,
+        "seed": args.seed,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "checkpoint": args.checkpoint.name,
+    }
+
+
+def save(path: Path, clip: Tensor, fps: float, zoom: int, about: Mapping[str, Any]) -> None:
+    """Writes the clip with its content credentials, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        beside = Path(folder) / path.name
+        if path.suffix.lower() == ".png":
+            write_image(beside, clip, zoom)
+        else:
+            write_video(beside, clip, fps, zoom)
+        sign(beside, about)
+        os.replace(beside, path)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = check(make_parser().parse_args(argv))
     wanted = plan(args)
@@ -273,10 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = bar.add_task("sampling", total=args.steps * wanted.walks)
         sampling = Sampling(args.steps, args.guidance)
         clip = wanted.make(stack, sampling, lambda _: bar.advance(task))
-    if args.out.suffix.lower() == ".png":
-        write_image(args.out, clip, args.zoom)
-    else:
-        write_video(args.out, clip, wanted.fps, args.zoom)
+    save(args.out, clip, wanted.fps, args.zoom, about(args))
     if args.frames_png is not None:
         contact_sheet(args.frames_png, [clip], scale=6)
     print(args.out)

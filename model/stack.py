@@ -18,11 +18,14 @@ from torch import Tensor
 from model.checkpoint import load_dit
 from model.dit import DiT
 from model.text import Vocabulary
-from model.vae import TIME_STRIDE, VideoVAE, latent_shape, load_vae
+from model.tiling import decode_tiled, encode_tiled
+from model.vae import SPACE_STRIDE, TIME_STRIDE, VideoVAE, latent_shape, load_vae
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
 MIN_SIDE, MAX_SIDE, MAX_FRAMES = 16, 2048, 1 + 4 * 256
 BATCH_PIXELS = 1 << 20
+TILED_PIXELS = 1 << 22  # larger clips go through the VAE in tiles, with the same result
+VOLUME = TIME_STRIDE * SPACE_STRIDE**2  # pixels of a place in the latent
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,20 @@ class Stack:
     @torch.no_grad()
     def encode(self, videos: Sequence[Tensor]) -> list[Tensor]:
         """Videos [3, T, H, W] of any sizes -> latents [C, t, h, w], each encoded on its own."""
-        return _by_shape(videos, lambda batch: self.vae.encode(batch.to(self.device)), 1)
+        return _by_shape(videos, lambda batch: self._encode(batch.to(self.device)), 1)
 
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
         """Latents [C, t, h, w] -> videos [3, 1 + 4 (t - 1), 8 h, 8 w] on the CPU."""
-        pixels_per_value = 256
-        return _by_shape(latents, lambda batch: self.vae.decode(batch).cpu(), pixels_per_value)
+        return _by_shape(latents, lambda batch: self._decode(batch).cpu(), VOLUME)
+
+    def _encode(self, video: Tensor) -> Tensor:
+        large = video[0, 0].numel() > TILED_PIXELS
+        return encode_tiled(self.vae, video) if large else self.vae.encode(video)
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        large = latent[0, 0].numel() * VOLUME > TILED_PIXELS
+        return decode_tiled(self.vae, latent) if large else self.vae.decode(latent)
 
 
 def _by_shape(

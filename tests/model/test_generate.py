@@ -16,6 +16,7 @@ from model import generate, modes, modes_sheet
 from model.checkpoint import save_dit
 from model.config import DiTConfig
 from model.dit import DiT
+from model.provenance import verify
 from model.sample import Sampling
 from model.stack import Size, load_stack
 from model.text import UnknownWords, Vocabulary
@@ -52,12 +53,26 @@ def test_a_prompt_becomes_a_video(folder: Path, tmp_path: Path) -> None:
     assert video.shape == (3, 5, 64, 96) and fps == generate.FPS
     assert np.asarray(Image.open(sheet)).shape[1] > 5 * 48
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.mp4", "a.png", "new"]
+    verdict = verify(out)
+    assert verdict.state == "valid" and verdict.about is not None
+    assert (verdict.about["prompt"], verdict.about["mode"]) == (PROMPT, "text")
+
+
+def test_a_file_that_cannot_be_signed_is_not_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "key.pem").write_text("not a key")
+    monkeypatch.setenv("SORA_KERNELS_KEYS", str(tmp_path / "keys"))
+    with pytest.raises(ValueError, match="cannot be signed"):
+        generate.main(command(folder, tmp_path / "a.mp4", "--frames", "1", "--size", "16x16"))
+    assert [p.name for p in tmp_path.iterdir()] == ["keys"]
 
 
 def test_one_frame_is_an_image(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.png"
     generate.main(command(folder, out, "--size", "24x16", "--frames", "1"))
-    assert Image.open(out).size == (24, 16)
+    assert Image.open(out).size == (24, 16) and verify(out).state == "valid"
 
 
 @pytest.fixture(scope="module")

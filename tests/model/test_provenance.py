@@ -16,11 +16,9 @@ from model.video import read_image, read_video, write_image, write_video
 ABOUT = {"prompt": "a red circle moving right", "seed": 3, "guidance": 6.0}
 
 
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("keys")
-    provenance.make_keys(folder)
-    return folder
+@pytest.fixture
+def keys(signing_keys):
+    return signing_keys
 
 
 @pytest.fixture
