@@ -54,6 +54,8 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType t
   torch::stable::fill_(inner, __builtin_nan(""));
   return torch::stable::view(inner, shape);
 }
+#else
+using sora::empty;
 #endif
 
 inline int width_of(const Tensor& x) {
