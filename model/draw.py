@@ -18,7 +18,7 @@ MOST_FRAMES = 6
 # What goes on outside the clip must follow from the caption, or from what is given.
 LONG_KINDS: Weights = (("one", 0.40), ("bounce", 0.45), ("exit", 0.10), ("still", 0.05))
 LOOP_KINDS: Weights = (("one", 0.9), ("still", 0.1))
-HALVES: tuple[int, ...] = (5, 7, 9, 9, 9)  # frames of one way: loops of 8, 12 and mostly 16
+WAY = 9  # frames of one way of a loop of 16
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,16 @@ def _inside_longer(rng: np.random.Generator, mode: str, world: WorldConfig) -> E
 
 
 def _there_and_back(rng: np.random.Generator, world: WorldConfig) -> Example:
-    """A clip whose end is its beginning: an object goes a way and comes back, begun anywhere."""
-    half = int(rng.choice(HALVES))
-    scene = sample_scene(rng, replace(world, kinds=LOOP_KINDS), frames=half)
+    """A clip whose end is its beginning: an object goes a way and comes back.
+
+    It begins in the middle of the way, so that no turn lies at the seam, and its turns are frames
+    4 and 12, the ends of latents, which the VAE can follow.
+    """
+    scene = sample_scene(rng, replace(world, kinds=LOOP_KINDS), frames=WAY)
     while way_back_is_held_out(scene):
-        scene = sample_scene(rng, replace(world, kinds=LOOP_KINDS), frames=half)
-    ring = [*range(half), *range(half - 2, 0, -1)]
-    start = int(rng.integers(len(ring)))
-    ring = [*ring[start:], *ring[: start + 1]]
+        scene = sample_scene(rng, replace(world, kinds=LOOP_KINDS), frames=WAY)
+    ring = [*range(WAY), *range(WAY - 2, 0, -1)]
+    ring = [*ring[WAY // 2 :], *ring[: WAY // 2 + 1]]
     short, detailed = (
         re.sub(r" moving [a-z-]+( slowly| quickly)?", " bouncing off the wall", text)
         for text in captions(scene)
