@@ -16,7 +16,7 @@ from torch import Tensor
 from sora_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_joint
 from sora_kernels.packing import Grid, PackedLayout, Text
 
-from .registry import DTYPES, Case, Context, Inputs, op_cases
+from .registry import DTYPES, Case, Context, Inputs, ahead_of_time, op_cases
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def plain_joint(  # type: ignore[no-untyped-def]
     return tuple(torch.cat(pair) for pair in ((q, text_q), (k, text_k), (v, text_v)))
 
 
-def joint_cases(dtype: str) -> Iterable[Case]:
+def joint_cases(dtype: str, context: Context) -> Iterable[Case]:
     grid = (4, 32, 32)
     tokens = grid[0] * grid[1] * grid[2] + TEXT
     elements = 3 * tokens * HEADS * WIDTH
@@ -174,6 +174,7 @@ def joint_cases(dtype: str) -> Iterable[Case]:
         inputs=partial(joint_inputs, grid, dtype),
         ours=joint,
         plain=plain_joint,
+        peers=ahead_of_time("qk_norm_rope", joint, context),
         bytes={"fwd": 2 * size, "bwd": 8 * size // 3},  # q, k: x, dy -> dx; v: dy -> dx
         flops={"fwd": 14 * elements // 3, "bwd": 24 * elements // 3},
         grads=("q", "k", "v", "text_q", "text_k", "text_v", "q_weight", "k_weight",
@@ -183,7 +184,7 @@ def joint_cases(dtype: str) -> Iterable[Case]:
 
 def cases(context: Context) -> Iterable[Case]:
     for dtype in context.pick(quick=(), full=("fp32", "bf16")):
-        yield from joint_cases(dtype)
+        yield from joint_cases(dtype, context)
     for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
         for shape in context.pick(quick=(BEYOND_CACHE,), full=SHAPES):
             ours, plain, real = providers(shape)
@@ -198,6 +199,7 @@ def cases(context: Context) -> Iterable[Case]:
                 ours=ours,
                 plain=plain,
                 compile=real,
+                peers=ahead_of_time("qk_norm_rope", ours, context),
                 bytes={"fwd": 2 * size, "bwd": 3 * size},  # x -> y; x, dy -> dx
                 flops={"fwd": 7 * elements, "bwd": 12 * elements},
                 grads=grads + (["q_bias", "k_bias"] if shape.norm == "layer" else []),

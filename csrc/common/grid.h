@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace sora {
 
 constexpr int64_t kRasterPart = 7, kTilePart = 11;  // values of a part
@@ -26,11 +28,6 @@ struct GridTable {
   bool tiled() const { return part_size == kTilePart; }
 };
 
-}  // namespace sora
-
-#ifdef SORA_ISA  // kernels walk, bindings only check the table
-namespace sora::SORA_ISA {
-
 // The box of coordinates that is stored in raster order around a token (its tile, or the whole
 // grid), and the token's place in it.
 struct GridPlace {
@@ -38,7 +35,7 @@ struct GridPlace {
 };
 
 // Token number `offset` of a part.
-inline GridPlace grid_place(const GridPart& p, bool tiled, int32_t offset) {
+SORA_HD GridPlace grid_place(const GridPart& p, bool tiled, int32_t offset) {
   GridPlace place{{0, 0, 0}, {INT32_MAX, p.h, p.w}, {}};
   if (tiled) {
     const int32_t size[3] = {p.t, p.h, p.w};
@@ -62,6 +59,26 @@ inline GridPlace grid_place(const GridPart& p, bool tiled, int32_t offset) {
   place.at[2] = place.begin[2] + offset % w;
   return place;
 }
+
+// Offset of token n of the table in its part.
+SORA_HD int32_t grid_offset(const GridTable& table, const GridPart& part, int64_t n) {
+  const int64_t offset = n + table.first_token - part.start;
+  return static_cast<int32_t>(offset < 0 ? 0 : offset < part.last ? offset : part.last);
+}
+
+// The rows of the rotary tables, (t, h, w), of token n alone.
+SORA_HD void grid_rows(const GridTable& table, int64_t n, int32_t* rows) {
+  const GridPart& part = *reinterpret_cast<const GridPart*>(
+      table.parts + table.part_of_token[n] * table.part_size);
+  const GridPlace place =
+      grid_place(part, table.part_size == kTilePart, grid_offset(table, part, n));
+  for (int axis = 0; axis < 3; ++axis) rows[axis] = part.row[axis] + place.at[axis];
+}
+
+}  // namespace sora
+
+#ifdef SORA_ISA  // CPU kernels walk
+namespace sora::SORA_ISA {
 
 // The rows of the rotary tables, (t, h, w), of one token after another.
 class GridWalk {
@@ -88,8 +105,7 @@ class GridWalk {
 
   void enter(const GridPart* part, int64_t n) {
     part_ = part;
-    const int64_t offset = n + table_.first_token - part->start;
-    offset_ = static_cast<int32_t>(offset < 0 ? 0 : offset < part->last ? offset : part->last);
+    offset_ = grid_offset(table_, *part, n);
     settle();
   }
 

@@ -113,4 +113,5 @@ backend.register(
     f"(Tensor? dyq, Tensor? dyk, Tensor? dyv, {_INPUTS}, int[] needs) -> Tensor[]",
     _fake_fwd,
     _fake_bwd,
+    cuda=True,
 )

@@ -1,0 +1,28 @@
+// Codes of qk_norm_rope, and where heads lie.
+#pragma once
+#include <cstdint>
+
+#include "rows.h"
+
+namespace sora {
+
+constexpr int kMaxAxes = 4;
+
+// The values are those of Norm and Pairing in ops/qk_norm_rope/raw.py.
+enum QkNorm : int { kNoNorm = 0, kRms = 1, kLayer = 2, kRmsFull = 3 };
+enum QkPairing : int { kInterleaved = 0, kHalf = 1, kHalfPerAxis = 2 };
+
+// [B, L, H, D] with unit stride along D.
+struct Heads {
+  const void* data = nullptr;
+  int64_t per_batch = 1;  // L
+  int64_t batch_stride = 0, token_stride = 0, head_stride = 0;
+};
+
+// Elements before token n.
+SORA_HD int64_t token_offset(const Heads& x, int64_t n) {
+  const int64_t batch = quotient(n, x.per_batch);
+  return batch * x.batch_stride + (n - batch * x.per_batch) * x.token_stride;
+}
+
+}  // namespace sora

@@ -1,0 +1,75 @@
+// CUDA binding of qk_norm_rope. What it shares with the CPU is in ../cpu/qk_norm_rope_call.h.
+#include "qk_norm_rope.h"
+
+#include "bind.h"
+
+#include "../cpu/qk_norm_rope_call.h"
+
+namespace sora::cuda {
+namespace {
+
+class Cuda {
+ public:
+  using Pass = QkNormRope;
+
+  explicit Cuda(const Tensor& q) : like_(q), device_(q) {}
+
+  Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) const {
+    return cuda::empty(like, shape, type);
+  }
+
+  // Values on the GPU are trusted: to look at them would wait for it.
+  const int64_t* index(const Tensor& t, int64_t) const { return rows_of_index(t); }
+  void check(const GridTable&, int64_t, int64_t, int64_t) const {}
+
+  Matrix parameter(const Optional& t, int64_t heads, int64_t width, const char* name) const {
+    Matrix m = vector_of(t, heads * width, name);
+    if (heads > 1) m.stride = width;
+    return m;
+  }
+
+  void forward(QkNormRope& a, int64_t) const {
+    qk_plan(a, false);
+    qk_norm_rope_fwd(a, device_.stream());
+  }
+
+  void backward(QkNormRope& a, int64_t) const {
+    qk_plan(a, true);
+    std::vector<Tensor> partials;
+    for (QkSide& s : a.side) {
+      partials.push_back(empty(like_, {qk_partials(a, s)}, ScalarType::Float));
+      s.partial = data<float>(partials.back());
+    }
+    qk_norm_rope_bwd(a, device_.stream());
+  }
+
+  void copy_rows(const Tensor& from, Tensor& to, const int64_t* rows, int64_t count,
+                 bool gather) const {
+    QkNormRope a;
+    a.width = width_of(from);
+    a.type = dtype_of(from);
+    a.index = rows;
+    QkSide& s = a.side[0];
+    s.tokens = count;
+    s.heads = static_cast<int>(from.size(-2));
+    a.side[1].wanted = false;
+    (gather ? s.dy : s.x) = heads_of(from, "v");
+    (gather ? s.dx : s.y) = data(to);
+    qk_plan(a, gather);
+    if (gather) qk_norm_rope_bwd(a, device_.stream());  // the way back of the forward's
+    else qk_norm_rope_fwd(a, device_.stream());
+  }
+
+ private:
+  const Tensor& like_;
+  OnDevice device_;
+};
+
+}  // namespace
+
+SORA_CUDA_LIBRARY(m) {
+  m.impl("qk_norm_rope_fwd_cuda", TORCH_BOX(&qk_forward<Cuda>));
+  m.impl("qk_norm_rope_bwd_cuda", TORCH_BOX(&qk_backward<Cuda>));
+}
+
+}  // namespace sora::cuda
