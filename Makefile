@@ -76,6 +76,7 @@ demo: build
 
 lint: $(VENV)/.deps
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check sora_kernels model benchmarks tests setup.py
 	@$(PY) -m mypy
 
 aot: build
