@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "rows.h"
+#include "host_device.h"
 
 namespace sora {
 
@@ -19,9 +19,14 @@ struct Heads {
   int64_t batch_stride = 0, token_stride = 0, head_stride = 0;
 };
 
-// Elements before token n.
+// n / d of token numbers below 2^31. A 64-bit division is a call on a GPU, and spills around it.
+SORA_HD int64_t token_quotient(int64_t n, int64_t d) {
+  return n < d ? 0 : static_cast<uint32_t>(n) / static_cast<uint32_t>(d);
+}
+
+// Elements before token n, of fewer than 2^31.
 SORA_HD int64_t token_offset(const Heads& x, int64_t n) {
-  const int64_t batch = quotient(n, x.per_batch);
+  const int64_t batch = token_quotient(n, x.per_batch);
   return batch * x.batch_stride + (n - batch * x.per_batch) * x.token_stride;
 }
 

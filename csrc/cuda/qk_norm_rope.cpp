@@ -19,7 +19,10 @@ class Cuda {
   }
 
   // Values on the GPU are trusted: to look at them would wait for it.
-  const int64_t* index(const Tensor& t, int64_t) const { return rows_of_index(t); }
+  const int64_t* index(const Tensor& t, int64_t rows) const {
+    STD_TORCH_CHECK(rows <= INT_MAX, "sora_kernels: index: expected fewer than 2^31 tokens, got ", rows);
+    return rows_of_index(t);
+  }
   void check(const GridTable&, int64_t, int64_t, int64_t) const {}
 
   Matrix parameter(const Optional& t, int64_t heads, int64_t width, const char* name) const {

@@ -39,7 +39,7 @@ SORA_D Shared shared_of(const QkSide& s, int groups) {
 // The rows of cos and sin that a token takes: one, or one for each axis.
 SORA_D void table_rows(const QkNormRope& a, const QkSide& s, int64_t n, int* rows) {
   int64_t token = a.index ? a.index[n] : n;
-  token -= quotient(token, s.rope_tokens) * s.rope_tokens;
+  token -= token_quotient(token, s.rope_tokens) * s.rope_tokens;
   if (!s.position_index) return grid_rows(s.grids, token, rows);
 #pragma unroll 1
   for (int axis = 0; axis < a.num_positions; ++axis)
@@ -284,7 +284,7 @@ SORA_D void write_head(const Group<T, V, true>& group, const Stats& stats, int h
 enum Pass : int { kMean, kSums, kWrite };
 
 template <class T, int V, bool Back>
-__global__ void __launch_bounds__(kMostThreads) kernel(const __grid_constant__ QkNormRope a) {
+__global__ void __launch_bounds__(kMostThreads, 1) kernel(const __grid_constant__ QkNormRope a) {
   const QkSide& s = a.side[blockIdx.y];
   if (blockIdx.x >= static_cast<unsigned>(s.blocks)) return;
   Group<T, V, Back> group(a, s);

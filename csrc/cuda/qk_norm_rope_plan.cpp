@@ -89,7 +89,8 @@ void qk_plan(QkNormRope& a, bool backward) {
   a.shared_bytes = 0;
   for (QkSide& s : a.side) {
     if (!backward) s.wanted = s.tokens > 0;
-    if (s.tokens > INT_MAX || qk_parameters(a, s) > INT_MAX / kMostThreads)
+    if (s.tokens > INT_MAX || s.x.per_batch > INT_MAX || s.dy.per_batch > INT_MAX ||
+        s.rope_tokens > INT_MAX || qk_parameters(a, s) > INT_MAX / kMostThreads)
       throw std::runtime_error("sora_kernels: qk_norm_rope: expected fewer than 2^31 tokens and "
                                "2^22 components of a token");
     const int heads = std::max(s.heads, 1);
