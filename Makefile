@@ -70,9 +70,10 @@ demo: build
 	@mkdir -p $(OUT)
 	@$(PY) -m sora_kernels.info
 	$(PY) -m model.generate "$(PROMPT)" -o $(OUT)/demo.mp4 --frames-png $(OUT)/demo.png --zoom 8
+	$(PY) -m model.modes_sheet -o $(OUT)/modes.png
 	$(PY) -m benchmarks --suite ops --quick --json $(OUT)/benchmark.json
 	$(PY) -m benchmarks plot $(OUT)/benchmark.json -o $(OUT)
-	@ls -1 $(OUT)/demo.mp4 $(OUT)/demo.png $(OUT)/benchmark.json $(OUT)/benchmark.png
+	@ls -1 $(OUT)/demo.mp4 $(OUT)/demo.png $(OUT)/modes.png $(OUT)/benchmark.json $(OUT)/benchmark.png
 
 lint: $(VENV)/.deps
 	@$(PY) -m ruff check .

@@ -89,10 +89,11 @@ def windows(clip: Tensor, scene: Scene) -> list[dict[str, bool | float | None]]:
         speed = pace(places(objects[0], CONTEXT), None)
         ratio = None if speed is None else speed / float(np.linalg.norm(step))
         even = ratio is not None and DISTANCE[0] <= ratio <= DISTANCE[1]
-        found.append(
-            {name: flags[name] for name in ("shape", "colour", "size", "count", "readable")}
-            | {"motion": even, "all": bool(flags["all"]) and even, "speed_ratio": ratio}
-        )
+        row: dict[str, bool | float | None] = {
+            name: flags[name] for name in ("shape", "colour", "size", "count", "readable")
+        }
+        row.update(motion=even, all=bool(flags["all"]) and even, speed_ratio=ratio)
+        found.append(row)
     return found
 
 

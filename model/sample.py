@@ -63,7 +63,7 @@ class Sampling:
     """How to walk: number of Euler steps, guidance scale, and shift at the model's base size."""
 
     steps: int = 12
-    guidance: float = 6.0
+    guidance: float = 3.0
     shift: float = 2.0
 
 
