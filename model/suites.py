@@ -91,7 +91,8 @@ SUITES: tuple[Suite, ...] = (
     _text("frames_17", "one", 32, 32, 17),
     _text("image", "image", 32, 32, 1),
     _text("still", "still", 32, 32),
-    Suite("image_to_video", "image_to_video", "one", (32, 32), 9, 1 / 16, (0,)),
+    # One frame tells no speed: the detailed prompt does.
+    Suite("image_to_video", "image_to_video", "one", (32, 32), 9, 1 / 16, (0,), detailed=True),
     Suite("extend_forward", "extend", "one", (32, 48), 14, 1 / 16, (0, 1, 2, 3, 4), (5, 14)),
     Suite("extend_backward", "extend", "one", (32, 48), 14, 1 / 16, (9, 10, 11, 12, 13), (0, 9)),
     Suite("connect", "connect", "one", (32, 48), 15, 1 / 16, (0, 1, 2, 3, 4, 10, 11, 12, 13, 14),
