@@ -13,8 +13,6 @@ OF_A_MODE = ("first_frame_db", "first_frame_and_all", "seam_and_all", "gain_db",
 
 def scores(report: Mapping[str, Any], table: Table) -> str:
     """Generated clips, ceilings and the best floor, of every row and metric that counts."""
-    if report["schema"] == 1:
-        return _first_schema(report, table)
     rows = []
     for row in report["rows"]:
         where = f"{row['name']} ({row['size']}, {row['frames']} frames, n={row['clips']})"
@@ -46,8 +44,6 @@ def scores(report: Mapping[str, Any], table: Table) -> str:
 
 def headline_scores(report: Mapping[str, Any], table: Table) -> str:
     """Everything right jointly: one line a row, between its ceiling and its best floor."""
-    if report["schema"] == 1:
-        return _first_schema(report, table)
     rows = []
     for row in report["rows"]:
         metric = row["metrics"]["all"]
@@ -74,28 +70,6 @@ def _show(value: Mapping[str, float] | None, unit: str, short: bool = False) -> 
     middle, low, high = (factor * value[name] for name in ("value", "low", "high"))
     text = f"{middle:.{digits}f}{sign}"
     return text if short else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _first_schema(report: Mapping[str, Any], table: Table) -> str:
-    """Results of oracle 1: rates of attributes, without floors."""
-
-    def rate(row: Mapping[str, Any], of: str, name: str) -> str:
-        value = row[of][name]
-        return f"{100 * value['rate']:.0f}% [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
-
-    rows = [
-        [
-            f"{row['name']} ({row['size']}, {row['frames']} frames, n={row['clips']})",
-            *(rate(row, "generated", name) for name in ("shape", "colour", "direction", "all")),
-            f"{100 * row['vae_round_trip']['all']['rate']:.0f}%",
-            f"{100 * row['true_clip']['all']['rate']:.0f}%",
-            f"{100 * row['chance']:.1f}%",
-        ]
-        for row in report["rows"]
-    ]
-    header = ("prompts", "shape", "colour", "direction", "all", "VAE ceiling", "true clip",
-              "chance")  # fmt: skip
-    return table(header, rows)
 
 
 def certificate(report: Mapping[str, Any], table: Table) -> str:
