@@ -284,34 +284,20 @@ TRAININGS: dict[str, TrainConfig] = {
         detailed=0.3,
         seed=2,
     ),
-    # Continues a model of text to video with every mode.
-    "tiny-modes": TrainConfig(
-        "tiny",
-        "focused",
-        clips=12288,
-        tokens=1536,
-        steps=4000,
-        learning_rate=1.2e-3,
-        muon=0.012,
-        shift=2.0,
-        detailed=0.3,
-        modes="all",
-        seed=4,
-    ),
-    # Continues that one with loops among the modes.
-    "tiny-loops": TrainConfig(
-        "tiny",
-        "focused",
-        clips=6144,
-        tokens=1536,
-        steps=800,
-        learning_rate=8e-4,
-        muon=0.008,
-        warmup=50,
-        shift=2.0,
-        detailed=0.3,
-        modes="all-and-loops",
-        seed=5,
-    ),
 }
+# Continues a model of text to video with every mode.
+TRAININGS["tiny-modes"] = dataclasses.replace(
+    TRAININGS["tiny-last"], steps=4000, modes="all", seed=4
+)
+# Continues that one with loops among the modes.
+TRAININGS["tiny-loops"] = dataclasses.replace(
+    TRAININGS["tiny-modes"],
+    clips=6144,
+    steps=800,
+    learning_rate=8e-4,
+    muon=0.008,
+    warmup=50,
+    modes="all-and-loops",
+    seed=5,
+)
 TRAININGS["tiny-window"] = dataclasses.replace(TRAININGS["tiny"], dit="tiny-window")
