@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -255,6 +255,12 @@ def make_batch(
         owners += [number] * (len(given) + len(copies) + 1)
     layout = PackedLayout(segments, **dit.layout)
     return Batch(layout, torch.tensor(words), times, inputs, wanted, owners)
+
+
+class PackSource(Protocol):
+    """Packs without end: pack `i` is a pure function of i, as numbers of clips."""
+
+    def __getitem__(self, number: int) -> list[int]: ...
 
 
 class Packs:

@@ -37,6 +37,7 @@ class Request:
         source: a latent [C, T, H, W] to start from, noised to time `strength`, in place of noise.
         strength: where its walk begins, in (0, 1]; 1 is noise, and a source then has no say.
         loop: its last frame is its first one.
+        unprompted: word numbers of "no prompt", as the model was trained with them.
     """
 
     words: Sequence[int]
@@ -46,6 +47,7 @@ class Request:
     source: Tensor | None = None
     strength: float = 1.0
     loop: bool = False
+    unprompted: Sequence[int] = (NO_PROMPT,)
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
@@ -104,12 +106,12 @@ def guided(model: DiT, requests: Sequence[Request], guidance: float) -> Velocity
     prompt and v0 of "no prompt" (Ho & Salimans 2022).
     """
     patch, device = model.config.patch, next(model.parameters()).device
-    segments = [clip_segment(len(r.words), r.latent, patch, r.given, r.loop) for r in requests]
-    words = [number for request in requests for number in request.words]
     twice = guidance != 1.0
+    prompts = [(r, r.words) for r in requests]
     if twice:
-        segments += [clip_segment(1, r.latent, patch, r.given, r.loop) for r in requests]
-        words += [NO_PROMPT] * len(requests)
+        prompts += [(r, r.unprompted) for r in requests]
+    segments = [clip_segment(len(w), r.latent, patch, r.given, r.loop) for r, w in prompts]
+    words = [number for _, prompt in prompts for number in prompt]
     layout = PackedLayout(segments, **model.config.layout, device=device)
     numbers = torch.tensor(words, device=device)
 

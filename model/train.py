@@ -36,6 +36,7 @@ from model.data import (
     Batch,
     LatentCache,
     Packs,
+    PackSource,
     build_cache,
     cache_key,
     load_cache,
@@ -48,6 +49,8 @@ from model.optim import Muon
 from model.text import Vocabulary
 from model.vae import VideoVAE, load_vae, save_vae
 from model.world import VOCABULARY
+
+Velocity = Callable[[DiT, Batch], list[Tensor]]
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
 STATE = "train_state.safetensors"
@@ -87,9 +90,16 @@ def make_optimisers(model: DiT, config: TrainConfig) -> list[torch.optim.Optimiz
     return optimisers
 
 
-def batch_loss(model: DiT, batch: Batch) -> tuple[Tensor, Tensor]:
+def packed_velocity(model: DiT, batch: Batch) -> list[Tensor]:
+    """The model's velocity of every grid part, all clips in one pack."""
+    return model(batch.inputs, batch.layout, batch.words, batch.times)
+
+
+def batch_loss(
+    model: DiT, batch: Batch, velocity: Velocity = packed_velocity
+) -> tuple[Tensor, Tensor]:
     """Mean squared error of the velocity over all latent values to be made, and per clip [S]."""
-    predicted = model(batch.inputs, batch.layout, batch.words, batch.times)
+    predicted = velocity(model, batch)
     clips = batch.layout.num_segments
     errors: list[Tensor] = []
     owners: list[int] = []
@@ -105,16 +115,29 @@ def batch_loss(model: DiT, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class Trainer:
-    """Model, its moving average and the optimiser, advanced one pack at a time."""
+    """Model, its moving average and the optimiser, advanced one pack at a time.
 
-    def __init__(self, model: DiT, config: TrainConfig, cache: LatentCache) -> None:
-        self.model, self.config, self.cache = model, config, cache
+    Args:
+        packs: pack `i` as numbers of clips, a pure function of i (default: `Packs`).
+        velocity: how a batch goes through the model (default: packed).
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        config: TrainConfig,
+        cache: LatentCache,
+        *,
+        packs: PackSource | None = None,
+        velocity: Velocity = packed_velocity,
+    ) -> None:
+        self.model, self.config, self.cache, self.velocity = model, config, cache, velocity
         self.step = 0
         self.names = [name for name, _ in model.named_parameters()]
         self.parameters: list[Tensor] = [tensor for _, tensor in model.named_parameters()]
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.optimisers = make_optimisers(model, config)
-        self.packs = Packs(
+        self.packs = packs or Packs(
             cache.tokens(model.config.patch), config.tokens, model.config.width, config.seed
         )
 
@@ -122,7 +145,7 @@ class Trainer:
         """One step: loss before it, loss per clip, and the batch."""
         config = self.config
         batch = make_batch(self.cache, self.packs[self.step], self.model.config, config, self.step)
-        loss, per_clip = batch_loss(self.model, batch)
+        loss, per_clip = batch_loss(self.model, batch, self.velocity)
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
