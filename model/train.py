@@ -13,20 +13,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.budget import training_flops
 from model.checkpoint import (
     DIT,
     CheckpointError,
     load_dit,
     read_tensors,
     save_dit,
-    write_beside,
     write_json,
     write_tensors,
 )
@@ -44,9 +43,10 @@ from model.data import (
     save_cache,
 )
 from model.dit import DiT
-from model.flow import DECILES, loss_by_decile, mean_of_deciles
 from model.optim import Muon
+from model.speed import measure
 from model.text import Vocabulary
+from model.training_log import Log, plot_log, speed_of
 from model.vae import VideoVAE, load_vae, save_vae
 from model.world import VOCABULARY
 
@@ -205,76 +205,6 @@ class Trainer:
         return model.eval()
 
 
-@dataclass
-class Window:
-    """What a row of the log sums up."""
-
-    losses: list[float] = field(default_factory=list)
-    sums: list[float] = field(default_factory=lambda: [0.0] * DECILES)
-    counts: list[int] = field(default_factory=lambda: [0] * DECILES)
-    tokens: int = 0
-    clips: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class Log:
-    """The loss curve: mean loss, loss per decile of t, and speed, every few steps."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    window: Window = field(default_factory=Window)
-
-    def add(self, loss: float, per_clip: Tensor, batch: Batch, seconds: float) -> None:
-        """Counts one step."""
-        window = self.window
-        sums, counts = loss_by_decile(per_clip, batch.times)
-        window.losses.append(loss)
-        window.sums = [a + b for a, b in zip(window.sums, sums, strict=True)]
-        window.counts = [a + b for a, b in zip(window.counts, counts, strict=True)]
-        window.tokens += batch.layout.num_tokens
-        window.clips += batch.layout.num_segments
-        window.seconds += seconds
-        self.seconds += seconds
-
-    def close_row(self, step: int) -> dict[str, Any]:
-        """Ends a row at `step` and returns it."""
-        window, self.window = self.window, Window()
-        deciles = mean_of_deciles(window.sums, window.counts)
-        row = {
-            "step": step,
-            "loss": round(sum(window.losses) / len(window.losses), 5),
-            "loss_by_decile": [None if x is None else round(x, 5) for x in deciles],
-            "clips": window.clips,
-            "tokens_per_second": round(window.tokens / max(window.seconds, 1e-9)),
-            "minutes": round(self.seconds / 60, 3),
-        }
-        self.rows.append(row)
-        return row
-
-
-def plot_log(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the loss and its deciles over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    steps = [row["step"] for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
-    left.plot(steps, [row["loss"] for row in rows])
-    left.set(xlabel="step", ylabel="loss (velocity MSE)", yscale="log")
-    last = rows[-max(1, len(rows) // 10) :]
-    means = []
-    for k in range(DECILES):
-        seen = [row["loss_by_decile"][k] for row in last if row["loss_by_decile"][k] is not None]
-        means.append(sum(seen) / len(seen) if seen else float("nan"))
-    right.bar([(k + 0.5) / DECILES for k in range(DECILES)], means, width=0.08)
-    right.set(xlabel="time t (0 clean, 1 noise)", ylabel="loss, last tenth of the run")
-    write_beside(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
-    plt.close(figure)
-
-
 @contextmanager
 def stop_flag() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C and SIGTERM only raise a flag, so that a step is finished and saved."""
@@ -344,12 +274,15 @@ def train(
                 break
             begin = time.monotonic()
             loss, per_clip, batch = trainer.advance()
-            log.add(float(loss), per_clip, batch, time.monotonic() - begin)
-            if not math.isfinite(float(loss)):
-                raise CheckpointError(f"loss: became {float(loss)} at step {trainer.step}")
+            value = float(loss)  # waits for the device
+            seconds = time.monotonic() - begin
+            flops = training_flops(trainer.model.config, batch.layout.segments)
+            log.add(value, per_clip, batch, seconds, flops)
+            if not math.isfinite(value):
+                raise CheckpointError(f"loss: became {value} at step {trainer.step}")
             if trainer.step % LOG_EVERY == 0 or trainer.step == total:
                 row = log.close_row(trainer.step)
-                text = f"loss {row['loss']:.4f}  {row['tokens_per_second']} tokens/s"
+                text = f"loss {row['loss']:.4f}  {speed_of(row)}"
                 bar.update(task, description=text)
                 if plain and trainer.step % (4 * LOG_EVERY) == 0:
                     print(f"step {trainer.step}/{total}  {text}", flush=True)
@@ -428,6 +361,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         start_from(model, vocabulary, args.init)
     trainer = Trainer(model, config, cache)
     log = restore(trainer, state) if args.resume else Log()
+    log.machine = measure(trainer.parameters[0].device)
     command = "python -m model.train " + " ".join(
         f"--{name} {value}"
         for name, value in (("config", args.config), *chosen.items(), ("init", args.init))
