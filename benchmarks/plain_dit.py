@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -178,39 +179,49 @@ class Clip:
 class PlainDiT:
     """Velocities of clips of different sizes, in four plain ways on one set of weights.
 
-    All clips have equally many words, which spares the plain ways a mask for them.
+    All clips have equally many words, which spares the plain ways a mask for them. What depends on
+    sizes alone is made once: by the first call that needs it, and rotary tables once for all
+    batches that share a dict `turns`.
     """
 
-    def __init__(self, model: DiT, clips: Sequence[Clip], *, compile: bool = False) -> None:
+    def __init__(
+        self,
+        model: DiT,
+        clips: Sequence[Clip],
+        *,
+        compile: bool = False,
+        turns: dict[tuple[int, int, int], Tensor] | None = None,
+    ) -> None:
         self.model, self.config = model, model.config
         self.text = len(clips[0].words)
         self.words = torch.stack([clip.words for clip in clips])
         self.grids = [clip.grid for clip in clips]
-        self.turns = {
-            grid: turns_of(*rotary_tables(model, self.text, grid), compile=compile)
-            for grid in set(self.grids)
-        }
+        self.turns = {} if turns is None else turns
+        for grid in {*self.grids} - self.turns.keys():
+            self.turns[grid] = turns_of(*rotary_tables(model, self.text, grid), compile=compile)
         self.lengths = [len(self.turns[grid]) for grid in self.grids]
         self.dense: BlockFunction = torch.compile(dense_block) if compile else dense_block
         self.packed: BlockFunction = torch.compile(packed_block) if compile else packed_block
         self._buckets: dict[tuple[int, int, int], list[int]] = {}
         for i, grid in enumerate(self.grids):
             self._buckets.setdefault(grid, []).append(i)
-        self._prepare()
 
-    def _prepare(self) -> None:
-        """What the padded and the packed way derive from sizes alone."""
-        count, device = len(self.lengths), self.words.device
-        tables = [self.turns[grid] for grid in self.grids]
+    @cached_property
+    def _pad(self) -> tuple[Tensor, Tensor]:
+        """Rotary tables and the key mask of the padded batch."""
         pad = torch.nn.utils.rnn.pad_sequence
-        self._pad_turns = pad(tables, batch_first=True)
+        tables = [self.turns[grid] for grid in self.grids]
         used = pad([table.new_ones(len(table)).real for table in tables], batch_first=True)
-        self._pad_mask = (used > 0)[:, None, None]
-        self._pack_turns = torch.cat(tables)
+        return pad(tables, batch_first=True), (used > 0)[:, None, None]
+
+    @cached_property
+    def _pack(self) -> tuple[Tensor, Tensor]:
+        """The modulation row of every packed token, and its rotary table."""
         repeats = [n for length in self.lengths for n in (self.text, length - self.text)]
-        self._row_of_token = torch.arange(2 * count, device=device).repeat_interleave(
-            torch.tensor(repeats, device=device)
-        )
+        device = self.words.device
+        rows = torch.arange(2 * len(self.lengths), device=device)
+        row_of_token = rows.repeat_interleave(torch.tensor(repeats, device=device))
+        return row_of_token, torch.cat([self.turns[grid] for grid in self.grids])
 
     def _condition(self, times: Tensor) -> Tensor:
         """``[B, 2, D]``: the text's row (clean, kind 0) and the clip's (its time, kind 1)."""
@@ -259,7 +270,7 @@ class PlainDiT:
         )
         x = self._embed(patches, self.words)
         c = self._condition(times)
-        tokens = self._run_dense(x, c, self._pad_turns, self._pad_mask)
+        tokens = self._run_dense(x, c, *self._pad)
         return [
             from_patches(row[: length - self.text], grid, self.config.patch)
             for row, length, grid in zip(tokens, self.lengths, self.grids, strict=True)
@@ -272,11 +283,11 @@ class PlainDiT:
             pieces.append(self._embed(to_patches(latent, self.config.patch), self.words[i]))
         x, c = torch.cat(pieces), self._condition(times)
         rows = c.flatten(0, 1)
-        tables = (self._row_of_token, self._pack_turns, self.lengths)
+        row_of_token, turns = self._pack
         for block in self.model.blocks:
-            x = self.packed(block, x, rows, *tables)
+            x = self.packed(block, x, rows, row_of_token, turns, self.lengths)
         shift, scale = self.model.final_rows(rows).chunk(2, dim=-1)
-        h = modulate(norm(x), shift[self._row_of_token], scale[self._row_of_token])
+        h = modulate(norm(x), shift[row_of_token], scale[row_of_token])
         out = []
         for segment, grid in zip(h.split(self.lengths), self.grids, strict=True):
             tokens = self.model.head(segment[self.text :])
