@@ -9,30 +9,45 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model import modes
 from model.cli import Parser, positive, progress_bar, run
+from model.expand import ASPECTS, expand
 from model.modes import Job
 from model.provenance import sign
 from model.sample import Sampling
 from model.stack import CHECKPOINT, Size, Stack, load_stack
-from model.video import contact_sheet, read_image, read_video, write_image, write_video
+from model.video import (
+    contact_sheet,
+    from_uint8,
+    read_image,
+    read_video,
+    to_uint8,
+    write_clips,
+    write_image,
+)
 
 FPS = 8.0
 DEFAULTS = {"frames": 9, "direction": "forward", "times": 1, "strength": 0.6, "factor": 4}
+SIDES = (32, 32)  # width and height of what is made from words
 LOOP_FRAMES = 16
+PACK = 16  # windows of super-resolution that are made in one pack
 CONTEXTS = (modes.CONTEXT, 5)  # known frames next to new ones: the most that the clip has
 MODES = ("image", "extend", "connect", "fill", "super_resolve", "edit", "loop")
 BELONGS = {"direction": "extend", "times": "extend", "strength": "edit", "factor": "super_resolve",
            "frames_mask": "fill"}  # fmt: skip
+# What known frames show, so that an expanded prompt must not draw it; clips show everything. A loop
+# turns back: its prompts say no direction.
+SHOWN = {"text": (), "image": ("colour", "size", "background"), "loop": ("direction", "speed")}
 
 Progress = Callable[[int], None]
 
@@ -42,26 +57,39 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command line asks for: how to make it, in how many walks, and its frames a second."""
+    """What a command line asks for.
 
-    make: Callable[[Stack, Sampling, Progress], Tensor]
+    Attributes:
+        make: yields the clips that make up the video, each when it is made.
+        walks: how many packs are sampled.
+        fps: frames per second.
+        backward: the first clip comes last.
+    """
+
+    make: Callable[[Stack, Sampling, Progress], Iterator[Tensor]]
     walks: int = 1
     fps: float = FPS
+    backward: bool = False
 
 
-def one_pack(
-    jobs: Sequence[Job],
-    paste: bool,
-    fps: float = FPS,
-    finish: Callable[[list[Tensor]], Tensor] = lambda clips: clips[0],
+def pasted(
+    stack: Stack, jobs: Sequence[Job], paste: bool, sampling: Sampling, progress: Progress
+) -> list[Tensor]:
+    """The clips of all jobs, made in one pack, with known frames put back if `paste`."""
+    clips = modes.run(stack, jobs, sampling, progress)
+    if not paste:
+        return clips
+    return [modes.paste(job, clip) for job, clip in zip(jobs, clips, strict=True)]
+
+
+def one_job(
+    job: Job, paste: bool, fps: float = FPS, finish: Callable[[Tensor], Tensor] = lambda clip: clip
 ) -> Plan:
-    """All jobs in one walk; `finish` makes one video of their clips."""
+    """The job in one walk; `finish` makes the video of its clip."""
 
-    def make(stack: Stack, sampling: Sampling, progress: Progress) -> Tensor:
-        clips = modes.run(stack, jobs, sampling, progress)
-        if paste:
-            clips = [modes.paste(job, clip) for job, clip in zip(jobs, clips, strict=True)]
-        return finish(clips)
+    def make(stack: Stack, sampling: Sampling, progress: Progress) -> Iterator[Tensor]:
+        (clip,) = pasted(stack, [job], paste, sampling, progress)
+        yield finish(clip)
 
     return Plan(make, 1, fps)
 
@@ -69,31 +97,35 @@ def one_pack(
 def plan(args: argparse.Namespace) -> Plan:
     """The plan of a command line whose options are consistent. Raises ValueError for clips and
     numbers that do not fit."""
-    mode = next((name for name in MODES if getattr(args, name)), "text")
-    return PLANS[mode](args)
+    return PLANS[mode_of(args)](args)
+
+
+def mode_of(args: argparse.Namespace) -> str:
+    """The mode that the options choose."""
+    return next((name for name in MODES if getattr(args, name)), "text")
 
 
 def of_text(args: argparse.Namespace) -> Plan:
     size = size_of(args, None)
-    return one_pack([modes.text_to_video(args.prompt, size, args.seed)], args.paste)
+    return one_job(modes.text_to_video(args.prompt, size, args.seed), args.paste)
 
 
 def of_loop(args: argparse.Namespace) -> Plan:
     size = size_of(args, None)
-    return one_pack([modes.loop(args.prompt, size, args.seed)], args.paste)
+    return one_job(modes.loop(args.prompt, size, args.seed), args.paste)
 
 
 def of_image(args: argparse.Namespace) -> Plan:
     image = read_image(args.image)
     job = modes.image_to_video(args.prompt, size_of(args, image), image, args.seed)
-    return one_pack([job], args.paste)
+    return one_job(job, args.paste)
 
 
 def of_edit(args: argparse.Namespace) -> Plan:
     clip, fps = read_video(args.edit)
     size_of(args, clip)
     job = modes.edit(args.prompt, clip, args.strength, args.seed)
-    return one_pack([job], args.paste, fps)
+    return one_job(job, args.paste, fps)
 
 
 def of_fill(args: argparse.Namespace) -> Plan:
@@ -109,11 +141,11 @@ def of_fill(args: argparse.Namespace) -> Plan:
         )
     job, first = modes.fill_gap(args.prompt, clip, start, stop, args.seed)
 
-    def put_back(clips: list[Tensor]) -> Tensor:
+    def put_back(made: Tensor) -> Tensor:
         last = first + job.size.frames
-        return torch.cat([clip[:, :first], clips[0], clip[:, last:]], 1)
+        return torch.cat([clip[:, :first], made, clip[:, last:]], 1)
 
-    return one_pack([job], args.paste, fps, put_back)
+    return one_job(job, args.paste, fps, put_back)
 
 
 def of_super_resolve(args: argparse.Namespace) -> Plan:
@@ -122,7 +154,16 @@ def of_super_resolve(args: argparse.Namespace) -> Plan:
     if clip.shape[1] < 2:
         raise ValueError("--super-resolve: expected a clip of at least 2 frames, got 1")
     jobs = modes.in_windows(args.prompt, clip, args.factor, args.seed)
-    return one_pack(jobs, args.paste, fps * args.factor, modes.joined)
+    packs = [jobs[first : first + PACK] for first in range(0, len(jobs), PACK)]
+
+    def make(stack: Stack, sampling: Sampling, progress: Progress) -> Iterator[Tensor]:
+        for pack in packs:
+            for job, made in zip(
+                pack, pasted(stack, pack, args.paste, sampling, progress), strict=True
+            ):
+                yield made if job is jobs[-1] else made[:, :-1]  # the next one begins with it
+
+    return Plan(make, len(packs), fps * args.factor)
 
 
 def of_connect(args: argparse.Namespace) -> Plan:
@@ -134,27 +175,21 @@ def of_connect(args: argparse.Namespace) -> Plan:
         )
     context = min(context_of(clip, "--connect") for clip in (before, after))
     job = modes.connect(args.prompt, size, before, after, context, args.seed)
-    return one_pack(
-        [job], args.paste, fps, lambda clips: torch.cat([before, clips[0], after], 1)
-    )  # fmt: skip
+    return one_job(job, args.paste, fps, lambda made: torch.cat([before, made, after], 1))
 
 
 def of_extend(args: argparse.Namespace) -> Plan:
     clip, fps = read_video(args.extend)
     size, context = size_of(args, clip), context_of(clip, "--extend")
 
-    def make(stack: Stack, sampling: Sampling, progress: Progress) -> Tensor:
-        new = list(
-            modes.chain(
-                stack, args.prompt, size, args.times, clip, direction=args.direction,
-                context=context, seed=args.seed, sampling=sampling, progress=progress,
-            )
+    def make(stack: Stack, sampling: Sampling, progress: Progress) -> Iterator[Tensor]:
+        yield clip
+        yield from modes.chain(
+            stack, args.prompt, size, args.times, clip, direction=args.direction, context=context,
+            seed=args.seed, sampling=sampling, progress=progress,
         )  # fmt: skip
-        if args.direction == "backward":
-            return torch.cat([*reversed(new), clip], 1)
-        return torch.cat([clip, *new], 1)
 
-    return Plan(make, args.times, fps)
+    return Plan(make, args.times, fps, args.direction == "backward")
 
 
 PLANS: dict[str, Callable[[argparse.Namespace], Plan]] = {
@@ -168,9 +203,16 @@ def pixels(clip: Tensor) -> str:
     return f"{clip.shape[3]}x{clip.shape[2]}"
 
 
+def expanded(args: argparse.Namespace) -> str:
+    """The prompt with details that fit the clip and contradict nothing that is given."""
+    width, height = args.size or SIDES
+    leave = SHOWN.get(mode_of(args), ASPECTS)
+    return expand(args.prompt, args.seed, frames=args.frames, size=(height, width), leave=leave)
+
+
 def size_of(args: argparse.Namespace, clip: Tensor | None) -> Size:
     """Of the clip to make: that of the clip that is read, if there is one."""
-    width, height = args.size or (32, 32)
+    width, height = args.size or SIDES
     if clip is not None:
         if args.size is not None and pixels(clip) != f"{width}x{height}":
             raise ValueError(f"--size: follows the input, {pixels(clip)}, got {width}x{height}")
@@ -210,6 +252,8 @@ def parse_range(text: str) -> tuple[int, int]:
 def make_parser() -> Parser:
     parser = Parser(prog="python -m model.generate", description="Make a video from a prompt.")
     parser.add_argument("prompt", help='such as "a red circle moving left"')
+    parser.add_argument("--expand", action="store_true",
+                        help="print the prompt with details and use it")  # fmt: skip
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help="a .mp4, or a .png for images"
     )
@@ -270,10 +314,9 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """What is signed into the file: how it was made."""
-    mode = next((name for name in MODES if getattr(args, name)), "text")
     return {
         "prompt": args.prompt,
-        "mode": mode,
+        "mode": mode_of(args),
         "seed": args.seed,
         "steps": args.steps,
         "guidance": args.guidance,
@@ -281,32 +324,65 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def save(path: Path, clip: Tensor, fps: float, zoom: int, about: Mapping[str, Any]) -> None:
-    """Writes the clip with its content credentials, whole or not at all."""
+def last_first(clips: Iterable[Tensor], folder: Path) -> Iterator[Tensor]:
+    """The clips in the opposite order; they wait in files in `folder`, not in memory."""
+    count = 0
+    for clip in clips:
+        np.save(folder / f"{count}.npy", to_uint8(clip))
+        count += 1
+    for number in reversed(range(count)):
+        yield from_uint8(np.load(folder / f"{number}.npy"))
+        (folder / f"{number}.npy").unlink()
+
+
+def save(
+    path: Path,
+    clips: Iterator[Tensor],
+    fps: float,
+    zoom: int,
+    about: Mapping[str, Any],
+    backward: bool = False,
+) -> None:
+    """Writes the clips, each as soon as it is made, with content credentials: whole or not at all.
+
+    A .png shows the first frame.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         beside = Path(folder) / path.name
         if path.suffix.lower() == ".png":
-            write_image(beside, clip, zoom)
+            write_image(beside, next(clips), zoom)
         else:
-            write_video(beside, clip, fps, zoom)
+            write_clips(beside, last_first(clips, Path(folder)) if backward else clips, fps, zoom)
         sign(beside, about)
         os.replace(beside, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = check(make_parser().parse_args(argv))
+    if args.expand:
+        args.prompt = expanded(args)
+        print(args.prompt)
     wanted = plan(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     stack = load_stack(args.checkpoint, device)
     stack.words.encode(args.prompt, stack.dit.config.max_words)
+    shown: list[Tensor] = []  # all frames, for the one picture that needs them
+
+    def watched(clips: Iterable[Tensor]) -> Iterator[Tensor]:
+        for clip in clips:
+            if args.frames_png is not None:
+                shown.append(clip)
+            yield clip
+
     with progress_bar(args.quiet) as bar:
         task = bar.add_task("sampling", total=args.steps * wanted.walks)
         sampling = Sampling(args.steps, args.guidance)
-        clip = wanted.make(stack, sampling, lambda _: bar.advance(task))
-    save(args.out, clip, wanted.fps, args.zoom, about(args))
+        clips = watched(wanted.make(stack, sampling, lambda _: bar.advance(task)))
+        save(args.out, clips, wanted.fps, args.zoom, about(args), wanted.backward)
     if args.frames_png is not None:
-        contact_sheet(args.frames_png, [clip], scale=6)
+        row = torch.cat(shown[::-1] if wanted.backward else shown, 1)
+        contact_sheet(args.frames_png, [row], scale=6)
     print(args.out)
 
 

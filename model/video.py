@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -85,10 +85,21 @@ def read_video(path: str | Path, max_frames: int | None = None) -> tuple[Tensor,
 
 
 def write_video(path: str | Path, video: Tensor, fps: float = 8.0, scale: int = 1) -> Path:
-    """Write float [3, T, H, W] in [-1, 1] as H.264 in MP4, 4:2:0, visually lossless (CRF 12).
+    """Write float [3, T, H, W] in [-1, 1] as one video: see :func:`write_clips`."""
+    return write_clips(path, [video], fps, scale)
 
-    ``scale`` enlarges every pixel to scale x scale. H.264 in 4:2:0 needs even sizes: an odd H or
-    W gets its last row or column repeated once.
+
+def write_clips(
+    path: str | Path, clips: Iterable[Tensor], fps: float = 8.0, scale: int = 1
+) -> Path:
+    """Write clips, float [3, T, H, W] in [-1, 1], one after another as one video.
+
+    H.264 in MP4, 4:2:0, visually lossless (CRF 12). ``scale`` enlarges every pixel to scale x
+    scale. 4:2:0 needs even sizes: an odd H or W gets its last row or column repeated once.
+    A clip is taken when the one before it is encoded, so memory holds one of them at a time.
+
+    Raises VideoError for arguments that are wrong, and for clips that are none, not finite or of
+    different sizes; then, and whatever ``clips`` raises, ``path`` is left as it was.
     """
     path = Path(path)
     if path.suffix.lower() != ".mp4":
@@ -97,18 +108,23 @@ def write_video(path: str | Path, video: Tensor, fps: float = 8.0, scale: int = 
         raise VideoError(f"fps: expected a positive number, got {fps}")
     if scale < 1:
         raise VideoError(f"scale: expected at least 1, got {scale}")
-    frames = to_uint8(video).repeat(scale, axis=1).repeat(scale, axis=2)
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with av.open(str(part), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt, stream.options = "yuv420p", {"crf": "12", "preset": "medium"}
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            size: tuple[int, ...] | None = None
+            for clip in clips:
+                if size is None:
+                    size = clip.shape[2:]
+                    stream.height, stream.width = _even(scale * size[0]), _even(scale * size[1])
+                elif clip.shape[2:] != size:
+                    raise VideoError(f"clips: expected one size, got {size} and {clip.shape[2:]}")
+                for frame in _enlarged(to_uint8(clip), scale):
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            if size is None:
+                raise VideoError("clips: expected at least one")
             container.mux(stream.encode())
         os.replace(part, path)
     except av.error.FFmpegError as error:
@@ -116,6 +132,18 @@ def write_video(path: str | Path, video: Tensor, fps: float = 8.0, scale: int = 
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def _even(length: int) -> int:
+    return length + length % 2
+
+
+def _enlarged(frames: np.ndarray, scale: int) -> Iterator[np.ndarray]:
+    """The frames [H, W, 3] of [T, H, W, 3] enlarged, with even sizes, one by one."""
+    for frame in frames:
+        large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
+        height, width = large.shape[:2]
+        yield np.pad(large, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
 def read_image(path: str | Path) -> Tensor:

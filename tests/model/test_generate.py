@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -18,7 +20,7 @@ from model.config import DiTConfig
 from model.dit import DiT
 from model.provenance import verify
 from model.sample import Sampling
-from model.stack import Size, load_stack
+from model.stack import Size, Stack, load_stack
 from model.text import UnknownWords, Vocabulary
 from model.vae import VideoVAE, save_vae
 from model.video import read_video, write_image, write_video
@@ -147,6 +149,60 @@ def test_known_frames_are_kept(folder: Path, media: Path, tmp_path: Path) -> Non
         assert (part - same).abs().mean() < 1.5 * loss
     unpasted = made("--super-resolve", clip, "--factor", "2", "--no-paste")[:, ::2]
     assert (unpasted - known).abs().mean() > 2 * loss
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_memory_does_not_grow_with_the_times(
+    folder: Path,
+    media: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    direction: str,
+) -> None:
+    """Of 20 extensions, the one that is written and the one that is made are all that is alive;
+    those that come first wait on disk."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def make(stack: object, jobs: list, sampling: object, progress: object) -> list[torch.Tensor]:
+        alive.append(sum(clip() is not None for clip in made))
+        clip = torch.full((3, 5, 16, 24), len(made) / 10 - 1)
+        made.append(weakref.ref(clip))
+        return [clip]
+
+    monkeypatch.setattr(modes, "run", make)
+    generate.main(command(folder, tmp_path / "a.mp4", "--extend", str(media / "nine.mp4"),
+                          "--times", "20", "--frames", "5", "--direction", direction))  # fmt: skip
+    assert len(made) == 20 and max(alive) <= 1
+    video, _ = read_video(tmp_path / "a.mp4")
+    assert video.shape == (3, 109, 16, 24)
+    new = video[:, 9:] if direction == "forward" else video[:, :-9].flip(1)
+    grey = new.mean((0, 2, 3)).view(20, 5).mean(1)  # in the order in which they were made
+    torch.testing.assert_close(grey, torch.arange(20) / 10 - 1, rtol=0, atol=0.03)
+
+
+def test_windows_of_a_long_clip_are_made_a_few_at_a_time(
+    folder: Path, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packs: list[int] = []
+    run = modes.run
+
+    def counted(stack: Stack, jobs: list, *rest: Any) -> list[torch.Tensor]:
+        packs.append(len(jobs))
+        return run(stack, jobs, *rest)
+
+    monkeypatch.setattr(modes, "run", counted)
+    options = ["--super-resolve", str(media / "three.mp4"), "--factor", "12"]
+
+    def made(name: str) -> torch.Tensor:
+        generate.main(command(folder, tmp_path / name, *options))
+        return read_video(tmp_path / name)[0]
+
+    whole = made("whole.mp4")
+    monkeypatch.setattr(generate, "PACK", 1)
+    parts = made("parts.mp4")
+    assert packs == [2, 1, 1] and whole.shape == (3, 25, 16, 24)
+    assert (whole - parts).abs().mean() < 0.01  # a window does not depend on its pack
 
 
 def test_the_seed_decides(folder: Path) -> None:
