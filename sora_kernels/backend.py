@@ -38,6 +38,7 @@ BACKENDS = ("reference", "native", "triton")
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _native_ops: set[str] = set()  # ops whose CPU kernel the loaded C++ library provides
+_schemas: dict[str, tuple[str, str]] = {}  # ops that C++ implements -> forward, backward
 _cuda_ops: dict[str, bool] = {}  # raw ops meant for the CUDA library -> whether it has them
 _measured: dict[str, list[dict[str, Any]]] = {}  # op -> where `native` is faster on CUDA
 _calls: dict[tuple[str, str, bool], Callable[..., Any]] = {}  # raw ops past their guards
@@ -62,10 +63,21 @@ _INTERPRETING = interpreting()
 def define(schema: str) -> None:
     """Defines a raw op by its schema, e.g. ``"patchify_fwd(Tensor x, SymInt n) -> Tensor"``.
 
-    The C++ library may have implemented it already: that is how ``native`` is found.
+    The C++ library brings the schemas of what it implements, so that it serves a process without
+    Python; here they are only compared. Whether it implements the op is how ``native`` is found.
+
+    Raises:
+        ImportError: the library defines the op with another schema.
     """
-    _library.define(schema)
     name = schema.split("(", 1)[0].strip()
+    found = torch._C._jit_get_schemas_for_operator(f"{NAMESPACE}::{name}")
+    if not found:
+        _library.define(schema)
+    elif found[0] != torch._C.parse_schema(f"{NAMESPACE}::{schema}"):
+        raise ImportError(
+            f"the compiled library was built from other sources (it has {found[0]}, expected "
+            f"{NAMESPACE}::{schema}): build it again, or delete {NAMESPACE}/_C_*.so"
+        )
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU"):
         _native_ops.add(name)
 
@@ -121,6 +133,8 @@ def register(
     the folder's module ``cpu`` if the op is PyTorch's own kernels there. ``cuda``: csrc/cuda has
     kernels of the op as well; these are the raw ops ``<op>_fwd_cuda`` and ``<op>_bwd_cuda``.
     """
+    if cpu is None:
+        _schemas[op] = (forward, backward)
     if cuda:
         _measured[op] = _read_measured(Path(__file__).parent / "ops" / op / "configs")
     for direction, schema, shapes in (
@@ -141,6 +155,11 @@ def register(
             guard_autograd(ahead)
             found = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{ahead}", "CUDA")
             _cuda_ops[ahead] = found
+
+
+def native_schemas() -> dict[str, tuple[str, str]]:
+    """Forward and backward schemas, without the names, of the ops that csrc implements."""
+    return dict(_schemas)
 
 
 def cuda_ops() -> list[str]:
