@@ -30,7 +30,7 @@ from model.train import Trainer, packed_velocity
 from model.vae import VideoVAE
 from model.world import VOCABULARY
 
-WORDS = 5  # of "a red circle moving right"; shorter captions are filled up, as fixed lengths are
+WORDS = 7  # of "a red circle and a green square"; shorter captions are filled up to them
 WORLD = WorldConfig(
     sizes=(((32, 32), 0.5), ((32, 48), 0.15), ((48, 32), 0.15), ((48, 48), 0.2)),
     frames=((1, 0.2), (5, 0.15), (9, 0.4), (17, 0.25)),
@@ -87,6 +87,10 @@ def equal_captions(cache: LatentCache, share: float, seed: int) -> LatentCache:
     words = []
     for clip in range(len(cache)):
         caption = [] if silent[clip] else cache.caption(clip, False)
+        if len(caption) > WORDS:
+            raise ValueError(
+                f"cache: expected captions of at most {WORDS} words, got {len(caption)}"
+            )
         words += 2 * (caption + [NO_PROMPT] * (WORDS - len(caption)))
     tensors = {name: getattr(cache, name) for name in cache.NAMES}
     tensors["words"] = torch.tensor(words, dtype=torch.int32)
