@@ -18,12 +18,12 @@ world's captions. `expand` goes from one to the other by rules:
 
 from __future__ import annotations
 
-import itertools
 import re
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import product
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,7 @@ from model.grammar import (
 )
 from model.text import Vocabulary
 
+T = TypeVar("T")
 ASPECTS = ("colour", "size", "direction", "speed", "background")
 """What can be drawn."""
 MOST_OBJECTS = 3
@@ -166,62 +167,60 @@ def _read(text: str) -> _Caption | None:
 # --- drawing -------------------------------------------------------------------------------------
 
 
-def room(item: _Object, frames: int, size: tuple[int, int]) -> float:
+def room(item: _Object, frames: int, canvas: tuple[int, int]) -> float:
     """Short sides that are left beside the object and its way, on the axis where it is tightest.
 
-    size: (height, width). What the object leaves open takes no room.
+    canvas: (height, width). What the object leaves open takes no room.
     """
-    side = min(size)
+    side = min(canvas)
     across = 2 * SIZES[item.size] if item.size else 0.0
     way = SPEEDS[item.speed] * (frames - 1) if item.speed else 0.0
     right, down = DIRECTIONS[item.direction] if item.direction else (0.0, 0.0)
-    return min(size[1] / side - abs(right) * way, size[0] / side - abs(down) * way) - across
+    return min(canvas[1] / side - abs(right) * way, canvas[0] / side - abs(down) * way) - across
 
 
 def _complete(
     item: _Object,
     rng: np.random.Generator,
-    *,
     taken: Collection[str | None],
-    alone: bool,
-    free: bool,
-    frames: int,
-    size: tuple[int, int],
+    small: float,
+    frames: int | None,
+    canvas: tuple[int, int],
     leave: Collection[str],
 ) -> _Object:
     """The object with what it leaves open drawn.
 
-    taken: colours of the others. alone: no other object is in the clip. free: its way need not fit.
+    taken: colours of the others. small: probability of that size. frames: None = its way need not
+    fit.
     """
-    small = _WORLD.small if alone else 1.0
-    mix: dict[str, dict[str, float]] = {
-        "colour": {name: 1.0 for name in COLOURS if name not in taken},
-        "size": {"small": small, "large": 1 - small},
-        "direction": dict.fromkeys(DIRECTIONS, 1.0) if item.moving else {},
-        "speed": dict.fromkeys(SPEEDS, 1.0) if item.moving else {},
-    }
-    drawn = {
-        name: shares
-        for name, shares in mix.items()
-        if shares and getattr(item, name) is None and name not in leave
-    }
-    options, weights = [], []
-    for values in itertools.product(*drawn.values()):
-        chosen: dict[str, Any] = dict(zip(drawn, values, strict=True))
-        option = replace(item, **chosen)
-        shows = (option.shape, option.colour, option.direction)
-        if not ({"colour", "direction"} & set(drawn) and shows in HELD_OUT):
-            options.append(option)
-            weights.append(float(np.prod([drawn[name][value] for name, value in chosen.items()])))
-    spare = [0.0 if free else min(0.0, room(option, frames, size)) for option in options]
-    share = np.array(weights) * (np.array(spare) == max(spare))
-    return options[int(rng.choice(len(options), p=share / share.sum()))]
+
+    def shares(name: str, mix: Mapping[str, float], asked: bool = True) -> list[tuple[Any, float]]:
+        """What this aspect can be."""
+        value = getattr(item, name)
+        drawn = asked and value is None and name not in leave
+        return list(mix.items()) if drawn else [(value, 1.0)]
+
+    sizes = shares("size", {"small": small, "large": 1 - small})
+    directions = shares("direction", dict.fromkeys(DIRECTIONS, 1.0), item.moving)
+    speeds = shares("speed", dict.fromkeys(SPEEDS, 1.0), item.moving)
+    if len(directions) > 1:
+        directions = [d for d in directions if (item.shape, item.colour, d[0]) not in HELD_OUT]
+    ways = [
+        (replace(item, size=size, direction=direction, speed=speed), a * b * c)
+        for (size, a), (direction, b), (speed, c) in product(sizes, directions, speeds)
+    ]
+    spare = [0.0 if frames is None else min(0.0, room(way, frames, canvas)) for way, _ in ways]
+    item = _draw(rng, [pair for pair, free in zip(ways, spare, strict=True) if free == max(spare)])
+    colours = shares("colour", {name: 1.0 for name in COLOURS if name not in taken})
+    if len(colours) > 1:
+        colours = [c for c in colours if (item.shape, c[0], item.direction) not in HELD_OUT]
+    return replace(item, colour=_draw(rng, colours))
 
 
-def _background(rng: np.random.Generator, checkered: bool) -> str:
-    names, shares = zip(*_WORLD.backgrounds, strict=True)
-    drawn = names[int(rng.choice(len(names), p=np.array(shares) / sum(shares)))]
-    return f"checkered {drawn}" if checkered else str(drawn)
+def _draw(rng: np.random.Generator, weights: Sequence[tuple[T, float]]) -> T:
+    """One of the values, by its weight."""
+    ends = np.cumsum([weight for _, weight in weights])
+    return weights[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))][0]
 
 
 def expand(
@@ -264,14 +263,12 @@ def expand(
     if not image and "direction" not in leave:
         objects = [item if item.still else replace(item, moving=True) for item in objects]
     taken = {item.colour for item in objects}
+    small = _WORLD.small if len(objects) == 1 else 1.0
     for number, item in enumerate(objects):
-        free = image or said.collide or said.camera is not None or item.event is not None
-        objects[number] = _complete(
-            item, rng, taken=taken, alone=len(objects) == 1, free=free, frames=frames,
-            size=size, leave=leave,
-        )  # fmt: skip
+        free = said.collide or said.camera or item.event
+        objects[number] = _complete(item, rng, taken, small, None if free else frames, size, leave)
         taken.add(objects[number].colour)
     background = said.background
     if background is None and "background" not in leave:
-        background = _background(rng, said.camera is not None)
+        background = ("checkered " if said.camera else "") + _draw(rng, _WORLD.backgrounds)
     return replace(said, objects=tuple(objects), image=image, background=background).text()
