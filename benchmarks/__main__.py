@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -66,6 +66,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--seconds", type=float, metavar="S", help="measuring time per case")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    parser.add_argument(
+        "--check", action="store_true", help="call every provider once and compare; time nothing"
+    )
     return parser
 
 
@@ -165,41 +168,67 @@ def _run(options: argparse.Namespace) -> int:
     except ValueError as error:
         _refuse(str(error))
     results = Results()
+    if options.check:
+        return _check(cases, device, set(options.skip), options.quiet)
     load_before = round(os.getloadavg()[0], 2)  # of others: this run has done nothing yet
+
+    def report() -> dict[str, Any]:
+        found = {"skipped": results.skipped, "errors": results.errors}
+        found |= {"backends": explain().splitlines(), "load_before": load_before}
+        head = {"schema": SCHEMA, "env": env | found, "ceilings": ceilings.as_dict()}
+        return {**head, "rows": results.rows}
+
+    def save() -> None:
+        if target and results.rows:
+            try:
+                write_report(target, report())
+            except OSError as error:
+                _refuse(f"--json: cannot write {target}: {error.strerror}")
+
     try:
         with _progress(options.quiet) as bar:
             task = bar.add_task("ceilings", total=len(cases))
             ceilings = _measure_ceilings(device, quick=options.quick)
+            env = describe(device, quick=options.quick, variables=PINNED)
             seconds = options.seconds or SECONDS["quick" if options.quick else "full"]
             skip = set(options.skip)
             if device == "cpu":
                 _run_cpu(cases, ceilings, seconds, skip, results, bar, task)
             else:
-                _run_cuda(cases, ceilings, seconds, skip, results, bar, task)
+                _run_cuda(cases, ceilings, seconds, skip, results, bar, task, save)
     except KeyboardInterrupt:
-        print("benchmarks: interrupted, nothing written", file=sys.stderr)
+        saved = target and results.rows and device == "cuda"
+        kept = f"{target} holds what was done" if saved else "nothing written"
+        print(f"benchmarks: interrupted, {kept}", file=sys.stderr)
         return 130
-    for failure in results.errors:
-        print(f"benchmarks: {failure['case']}: {failure['error']}", file=sys.stderr)
+    _tell(results)
     if not results.rows:
         print("benchmarks: no case could be measured, nothing written", file=sys.stderr)
         return 1
-    env = describe(device, quick=options.quick, variables=PINNED)
-    env |= {"skipped": results.skipped, "errors": results.errors}
-    env |= {"backends": explain().splitlines(), "load_before": load_before}
-    report = {
-        "schema": SCHEMA,
-        "env": env,
-        "ceilings": ceilings.as_dict(),
-        "rows": results.rows,
-    }
-    if target:
-        try:
-            write_report(target, report)
-        except OSError as error:
-            _refuse(f"--json: cannot write {target}: {error.strerror}")
+    save()
     if not options.quiet:
-        print_report(report, _console(Console))
+        print_report(report(), _console(Console))
+    return 1 if results.errors else 0
+
+
+def _tell(results: Results) -> None:
+    for failure in results.errors:
+        print(f"benchmarks: {failure['case']}: {failure['error']}", file=sys.stderr)
+
+
+def _check(cases: Sequence[Case], device: str, skip: set[str], quiet: bool) -> int:
+    from .runner import Results, check_case
+
+    results = Results()
+    with _progress(quiet) as bar:
+        task = bar.add_task("check", total=len(cases))
+        for case in cases:
+            bar.update(task, description=case.name)
+            check_case(case, device=device, skip=skip, results=results)
+            bar.advance(task)
+    _tell(results)
+    wrong = len({failure["case"].partition(",")[0] for failure in results.errors})
+    print(f"{len(cases) - wrong} of {len(cases)} cases agree, {len(results.skipped)} peers skipped")
     return 1 if results.errors else 0
 
 
@@ -260,7 +289,9 @@ def _run_cuda(
     results: Results,
     bar: Progress,
     task: TaskID,
+    save: Callable[[], None],
 ) -> None:
+    """A report after every case: what was measured outlives a run that is stopped."""
     from sora_kernels.bench import measure_cuda
 
     from .runner import run_case
@@ -275,6 +306,7 @@ def _run_cuda(
             skip=skip,
             results=results,
         )
+        save()
         bar.advance(task)
 
 

@@ -50,9 +50,14 @@ class Context:
     device: str = "cpu"
     quick: bool = False
 
-    def pick(self, *, quick: Sequence[T], full: Sequence[T]) -> Sequence[T]:
-        """``quick`` under ``--quick``, else ``full``."""
-        return quick if self.quick else full
+    def pick(
+        self, *, quick: Sequence[T], full: Sequence[T], cuda: Sequence[T] | None = None
+    ) -> Sequence[T]:
+        """``quick`` under ``--quick``, else ``full``, or ``cuda`` where that is given and a GPU
+        is timed: sizes that fill one, fewer of them."""
+        if self.quick:
+            return quick
+        return cuda if cuda is not None and self.device.startswith("cuda") else full
 
 
 @dataclass(frozen=True)

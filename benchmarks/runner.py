@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +59,11 @@ def relative_error(result: object, reference: object) -> float:
 
 
 def _build(case: Case, inputs: Inputs, skip: set[str], results: Results) -> dict[str, Run]:
-    """The runs that are possible here and agree with the reference provider."""
+    """The runs that are possible here and agree with the reference provider.
+
+    A peer that fails or disagrees is noted as an error and left out; ours and the reference end
+    the case.
+    """
     reference: object = None
     runs: dict[str, Run] = {}
     first = "plain" if "plain" in case.providers else next(p for p in case.providers if p != OURS)
@@ -67,20 +72,33 @@ def _build(case: Case, inputs: Inputs, skip: set[str], results: Results) -> dict
     for name in order:
         if name in skip:
             continue
-        result = _first_call(name, case.providers[name], inputs, case, results)
-        if result is None:
-            continue
-        runs[name], value = result
-        if name == first:
-            reference = value
-        elif reference is not None and tolerance != float("inf"):
-            error = relative_error(value, reference)
-            if not error <= tolerance:
-                raise Disagreement(
-                    f"{name} differs from {first} by {error:.2e} (relative L2), "
-                    f"allowed is {tolerance:.0e}"
-                )
+        try:
+            result = _first_call(name, case.providers[name], inputs, case, results)
+            if result is None:
+                continue
+            run, value = result
+            if name == first:
+                reference = value
+            elif reference is not None and tolerance != float("inf"):
+                error = relative_error(value, reference)
+                if not error <= tolerance:
+                    raise Disagreement(
+                        f"{name} differs from {first} by {error:.2e} (relative L2), "
+                        f"allowed is {tolerance:.0e}"
+                    )
+        except Exception as error:
+            if name in (first, OURS):
+                raise
+            results.errors.append({"case": f"{case.name}, {name}", "error": _line(error)})
+        else:
+            runs[name] = run
     return {name: runs[name] for name in case.providers if name in runs}
+
+
+def _line(error: Exception) -> str:
+    """Type and first line: some carry whole reports of a compiler."""
+    lines = str(error).strip().splitlines() or traceback.format_exc(limit=1).splitlines()
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _first_call(
@@ -96,9 +114,7 @@ def _first_call(
         # A machine without a C++ compiler has no torch.compile; that must not cost the other rows.
         if name != "compile":
             raise
-        lines = str(error).strip().splitlines() or [""]
-        text = f"{type(error).__name__}: {lines[0]}"
-        results.skipped.append({"case": case.name, "provider": name, "reason": text})
+        results.skipped.append({"case": case.name, "provider": name, "reason": _line(error)})
     return None
 
 
@@ -112,14 +128,24 @@ def run_case(
     results: Results,
 ) -> None:
     """Measures one case and appends its rows; a failure is noted in ``results.errors``."""
+    with _on_its_own(case, device, results):
+        results.rows.extend(_measure(case, device, timer, ceilings, skip, results))
+
+
+def check_case(case: Case, *, device: str, skip: set[str], results: Results) -> None:
+    """Calls every provider once and compares; nothing is timed. What they compile stays in the
+    caches on disk."""
+    with _on_its_own(case, device, results):
+        _build(case, case.inputs(torch.device(device)), skip, results)
+
+
+@contextmanager
+def _on_its_own(case: Case, device: str, results: Results) -> Iterator[None]:
     torch.manual_seed(0)
     try:
-        rows = _measure(case, device, timer, ceilings, skip, results)
+        yield
     except Exception as error:
-        text = str(error).strip() or traceback.format_exc(limit=1)
-        results.errors.append({"case": case.name, "error": f"{type(error).__name__}: {text}"})
-    else:
-        results.rows.extend(rows)
+        results.errors.append({"case": case.name, "error": _line(error)})
     finally:
         # Dynamo counts recompilations per function and falls back to eager at its limit; every
         # case starts from nothing. Compiled code is still found in Inductor's cache on disk.

@@ -25,6 +25,7 @@ MAX_ROUNDS = 50
 SHORTEST_ROUND = 1e-3  # seconds; a shorter call is repeated inside its round
 MAX_LOOPS = 500
 LONG_ROUND = 2.0  # seconds; after a round this long there is nothing left to warm
+MOST_LEAD = 2e-3  # seconds of enqueueing that are hidden behind other work of the GPU
 
 
 class Driver(Protocol):
@@ -108,41 +109,54 @@ def measure_cuda(
     *,
     seconds: float = 1.0,
     warmup: int = 3,
-    min_rounds: int = 20,
+    min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
 ) -> dict[str, list[float]]:
     """Times CUDA callables against each other: events, and a cold L2 before every call.
 
-    A buffer of twice the L2 is overwritten before each timed call. That write also keeps the GPU
-    busy while the host enqueues the call, so launch latency stays out of all but the shortest
-    times. Clocks and power limits are left as found. Arguments and result as for `measure`.
+    A buffer of twice the L2 is overwritten before each timed call, as often as it takes the host
+    to enqueue the call (up to ``MOST_LEAD``): the GPU is still busy with that when the call's
+    kernels arrive, so a short kernel is not timed as the Python that launches it. Clocks and power
+    limits are left as found. Arguments and result as for `measure`.
     """
     if not runs:
         raise ValueError("runs must name at least one callable, got none")
+    if not 1 <= min_rounds <= max_rounds:
+        raise ValueError(f"need 1 <= min_rounds <= max_rounds, got {min_rounds} and {max_rounds}")
     device = torch.cuda.current_device()
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(2 * max(l2_bytes, 1 << 26), dtype=torch.int8, device="cuda")
 
-    def once() -> dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]:
-        events = {}
-        for name, run in runs.items():
-            begin = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
+    def timed(run: Run, flushes: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        for _ in range(flushes):
             flush.zero_()
-            begin.record()
-            run()
-            end.record()
-            events[name] = (begin, end)
-        return events
+        begin.record()
+        run()
+        end.record()
+        return begin, end
 
-    for _ in range(max(1, warmup)):
-        once()
+    begin, end = timed(lambda: [flush.zero_() for _ in range(8)], 8)
     torch.cuda.synchronize()
-    start = perf_counter()
-    once()
-    torch.cuda.synchronize()
-    rounds = min(max_rounds, max(min_rounds, int(seconds / (perf_counter() - start))))
-    recorded = [once() for _ in range(rounds)]
+    flush_ms = begin.elapsed_time(end) / 8
+    enqueue, whole = dict.fromkeys(runs, math.inf), dict.fromkeys(runs, math.inf)
+    for turn in range(max(2, warmup)):
+        if turn > 1 and sum(whole.values()) > LONG_ROUND:
+            break
+        for name, run in runs.items():
+            start = perf_counter()
+            run()
+            enqueue[name] = min(enqueue[name], perf_counter() - start)
+            torch.cuda.synchronize()
+            whole[name] = min(whole[name], perf_counter() - start)
+    leads = {
+        name: max(1, math.ceil(1.5e3 * min(cost, MOST_LEAD) / max(flush_ms, 1e-3)))
+        for name, cost in enqueue.items()
+    }
+    cost = sum(whole.values()) + 1e-3 * flush_ms * sum(leads.values())
+    rounds = min(max_rounds, max(min_rounds, int(seconds / max(cost, 1e-9))))
+    recorded = [{n: timed(run, leads[n]) for n, run in runs.items()} for _ in range(rounds)]
     torch.cuda.synchronize()
     return {
         name: [begin.elapsed_time(end) for begin, end in (r[name] for r in recorded)]

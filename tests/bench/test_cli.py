@@ -104,6 +104,15 @@ def test_a_wrong_result_gets_no_row(
     assert "toy_wrong/fwd/64x32/fp32: Disagreement: sora_kernels differs from plain by 5" in err
 
 
+def test_check_compares_and_writes_nothing(toy: None, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--check", "--device", "cpu", "--quiet", "--threads", str(torch.get_num_threads())]
+    assert main(options) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "2 of 4 cases agree, 2 peers skipped\n"
+    assert captured.err.count("toy_wrong/") == 2
+    assert main([*options, "--only", "toy"]) == 0
+
+
 def test_skip_leaves_a_provider_out(toy: None, tmp_path: Path) -> None:
     path = tmp_path / "f.json"
     options = ["--only", "no|toy/fwd/*", "--device", "cpu", "--quick", "--quiet", "--skip", "plain"]
