@@ -13,6 +13,7 @@ from math import ceil, prod
 from typing import Any
 
 from sora_kernels.ops._config import block_tokens
+from sora_kernels.ops.packed_attention.config import reads_by_descriptors, split_head_dim
 from sora_kernels.ops.qk_norm_rope.config import backward_steps
 
 Kernel = Mapping[str, Any]  # a row of model_aot.json
@@ -131,12 +132,15 @@ def _qk_norm_rope(case: Mapping[str, Any], find: Find) -> list[Launch]:
 
 def _attention(case: Mapping[str, Any], find: Find) -> list[Launch]:
     """Forward: 2 matrix products. Backward: 5 are counted; dq computes 3 and dkv 4 of them, the
-    scores and their gradient twice, after a pass over out and dout."""
+    scores and their gradient twice, after a pass over out and dout. The kernels are those that
+    read by descriptors, where the chip's launches do."""
     op = "windowed_attention" if case["case"].startswith("window") else "packed_attention"
     *_, tokens, heads, width = numbers(case["case"])
 
     def launch(kind: str, block: str, bytes: float, flops: float) -> Launch:
         kernel = find(f"{op}/{kind}_hd{width}_bf16")
+        if reads_by_descriptors(kind, kernel["arch"] // 10, sum(split_head_dim(width))):
+            kernel = find(f"{op}/{kind}_hd{width}_bf16_tma")
         return Launch(kernel, heads * ceil(tokens / kernel[block]), bytes, flops, matrix=True)
 
     if case["mode"] == "fwd":

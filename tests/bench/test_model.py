@@ -19,12 +19,13 @@ from benchmarks.model import (
     compact,
     gpu_cases,
     launch_us,
+    lookup,
     occupancy,
     predict,
     read_kernels,
 )
 from benchmarks.model_gpus import GPUS, find
-from benchmarks.model_work import Launch
+from benchmarks.model_work import Launch, launches
 from sora_kernels.aot import AotCase
 from sora_kernels.bench import read_report
 
@@ -82,6 +83,30 @@ def test_every_case_of_the_benchmarks_is_modelled(name: str) -> None:
     for row in rows:
         assert 0 < row["floor_us"] < row["predicted_us"], row
         assert 0 < row["occupancy"] <= 1, row
+
+
+@pytest.mark.parametrize(
+    ("gpu", "by_descriptors"),
+    [("A100", ""), ("H200", "fwd dq dkv"), ("B200", "fwd dq"), ("RTX 5090", "fwd")],
+)
+def test_attention_is_modelled_by_the_kernels_that_a_chip_launches(
+    gpu: str, by_descriptors: str
+) -> None:
+    numbers = {"op": "packed_attention", "dtype": "bf16", "bytes": 8e9, "flops": 1e12}
+    kernels = read_kernels()[GPUS[gpu].compiled]
+    found = {
+        launch.kernel["kernel"].partition("/")[2]
+        for mode in ("fwd", "bwd")
+        for launch in launches(
+            {**numbers, "mode": mode, "case": "one 1 segments 8192x24x128"}, lookup(kernels)
+        )
+        or []
+    }
+    expected = {
+        f"{kind}_hd128_bf16" + "_tma" * (kind in by_descriptors.split())
+        for kind in ("fwd", "delta", "dq", "dkv")
+    }
+    assert found == expected
 
 
 def test_the_kernels_are_those_of_the_source() -> None:
