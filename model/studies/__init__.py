@@ -1,10 +1,11 @@
-"""Three studies of training, one command each: `python -m model.studies packing|native|compute`.
+"""Studies of training, one command each: `python -m model.studies packing|native|compute|events`.
 
 `packing`: clips of many sizes in one pack, against the plain ways of batching them.
 `native`: training at the clips' own sizes, against their square centre crops.
 `compute`: what 1x, 4x and 16x of training compute buy.
+`events`: where training is heading with two objects, occlusion, collision and bounces.
 
-Each trains small models from nothing with several seeds, one thread each, looks at them at stated
-budgets, and writes one JSON file and one picture. A run that is stopped resumes where it last was
-looked at.
+The first three train small models from nothing, with several seeds; the last one goes on from the
+shipped checkpoint. Each run has one thread, is looked at at stated budgets, and resumes where it
+was last looked at. A study writes one JSON file and one picture.
 """

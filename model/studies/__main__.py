@@ -1,4 +1,4 @@
-"""`python -m model.studies packing|native|compute`: trains, measures, writes JSON and a picture."""
+"""`python -m model.studies NAME`: trains, measures, writes a JSON file and a picture."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from model.config import to_dict
 from model.data import LatentCache, load_cache, save_cache
 from model.judge import frozen
 from model.stack import CHECKPOINT
-from model.studies import compute, native, packing, runs
+from model.studies import compute, events, native, packing, runs
 from model.studies.looking import SAMPLING
 from model.vae import VideoVAE, load_vae
 
-STUDIES = {"packing": packing, "native": native, "compute": compute}
+STUDIES = {"packing": packing, "native": native, "compute": compute, "events": events}
 RESULTS = Path(__file__).parents[1] / "results"
 PICTURES = Path(__file__).parents[2] / "docs" / "images"
 
@@ -46,23 +46,23 @@ def _arms(args: Any, vae: VideoVAE) -> list[runs.Arm]:
             return _cached(out, partial(native.caches, vae, arm, seed, clips), key)
 
         return native.arms(vae, of_arm, args.minutes, args.clips)
-    study = packing if name == "packing" else compute
+    study: Any = STUDIES[name]
 
     @lru_cache(maxsize=1)
     def of_seed(seed: int) -> LatentCache:
         key = {"study": name, "seed": seed, "clips": clips}
         return _cached(out, partial(study.caches, vae, seed, clips), key)
 
-    if name == "packing":
-        return packing.arms(vae, of_seed, args.minutes, args.clips)
-    return compute.arms(vae, of_seed, args.steps, args.clips)
+    return study.arms(vae, of_seed, args.steps if name == "compute" else args.minutes, args.clips)
 
 
 def _summary(rows: list[list[runs.Row]]) -> dict[str, Any]:
     """Mean and range over the seeds of what stands in the last row."""
     last = [run[-1] for run in rows]
     found = {name: runs.spread([row[name] for row in last])
-             for name in last[0] if name not in ("budget", "tokens")}  # fmt: skip
+             for name in last[0]
+             if name not in ("budget", "tokens") and all(row[name] is not None for row in last)
+    }  # fmt: skip
     found["clips_per_second"] = runs.spread([row["clips"] / row["seconds"] for row in last])
     return found
 
@@ -75,7 +75,7 @@ def report(args: Any, vae: VideoVAE, arms: list[runs.Arm], seeds: list[int]) -> 
     if missing:
         print(f"no report yet, to be run: {', '.join(missing)}")
         return
-    study = STUDIES[args.study]
+    study: Any = STUDIES[args.study]
     found = {arm.name: [read_json(home / f"{arm.name}-{seed}" / runs.RESULT) for seed in seeds]
              for arm in arms}  # fmt: skip
     rows = {name: [result["rows"] for result in results] for name, results in found.items()}
@@ -94,9 +94,8 @@ def report(args: Any, vae: VideoVAE, arms: list[runs.Arm], seeds: list[int]) -> 
         "arms": {arm.name: {"label": arm.label, "summary": _summary(rows[arm.name]),
                             "runs": rows[arm.name]} for arm in arms},
     }  # fmt: skip
-    if args.study == "native":
-        value["ceilings"] = {where: native.ceilings(vae, part)
-                             for where, part in native.questions(args.clips).items()}  # fmt: skip
+    if args.study in ("native", "events"):
+        value["ceilings"] = study.ceilings(vae, study.questions(args.clips))
     write_json(args.json / f"study_{args.study}.json", value)
     study.picture(rows, args.pictures / f"study_{args.study}.png")
     if args.study == "compute":
@@ -117,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, action="append", help="run only this one of them")
     parser.add_argument("--arm", action="append", help="run only this arm")
     parser.add_argument("--minutes", type=float, default=4.0,
-                        help="CPU minutes of each run (packing, native)")  # fmt: skip
+                        help="CPU minutes of each run, without compute's")  # fmt: skip
     parser.add_argument("--steps", type=positive, default=compute.CONFIG.steps,
                         help="of the shortest run (compute)")  # fmt: skip
     parser.add_argument("--clips", type=positive, default=96, help="made and read at every look")

@@ -62,13 +62,16 @@ def trainer(arm: str, cache: Callable[[str, int], LatentCache], seed: int) -> Tr
     return Trainer(model, replace(CONFIG, seed=seed), cache(arm, seed))
 
 
-def ceilings(vae: VideoVAE, wanted: list[Ask]) -> Row:
-    """What the true clips and their round trips through the VAE score."""
-    with torch.no_grad():
-        trips = [vae.decode(vae.encode(ask.video[None]))[0] for ask in wanted]
-    true = [ask.video for ask in wanted]
-    return {"true": {**framed(wanted, true), **attributes(wanted, true)},
-            "vae": {**framed(wanted, trips), **attributes(wanted, trips)}}  # fmt: skip
+def ceilings(vae: VideoVAE, rows: dict[str, list[Ask]]) -> Row:
+    """What true clips and their round trips through the VAE score."""
+    found = {}
+    for name, wanted in rows.items():
+        with torch.no_grad():
+            trips = [vae.decode(vae.encode(ask.video[None]))[0] for ask in wanted]
+        clips = {"true": [ask.video for ask in wanted], "vae": trips}
+        found[name] = {where: {**framed(wanted, part), **attributes(wanted, part)}
+                       for where, part in clips.items()}  # fmt: skip
+    return found
 
 
 def questions(clips: int) -> dict[str, list[Ask]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import write_beside
+from model.files import write_beside
 
 
 def figure(columns: int) -> tuple[Any, Any]:
