@@ -12,6 +12,7 @@ Nothing here raises: a part that cannot be loaded leaves one sentence in :data:`
 from __future__ import annotations
 
 import importlib
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
@@ -36,11 +37,24 @@ def _load_ops(name: str) -> bool:
     return True
 
 
+def why_no_host(folder: Path, error: ImportError) -> str:
+    """One sentence: the module was not built, or for another Python, or does not load."""
+    if any((folder / f"_host{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        return f"the host module does not load: {str(error).splitlines()[0]}"
+    others = sorted(p.name for p in folder.glob("_host.*") if p.suffix in (".so", ".pyd"))
+    if others:
+        return (
+            f"built for another Python: {', '.join(others)}, while this one loads "
+            f"_host{EXTENSION_SUFFIXES[0]}; NumPy does its work"
+        )
+    return "the host module was not built (see SORA_KERNELS_BUILD in README); NumPy does its work"
+
+
 def _load_host() -> ModuleType | None:
     try:
         return importlib.import_module("sora_kernels._host")
     except ImportError as error:
-        missing["_host"] = f"the host module does not load: {error}"
+        missing["_host"] = why_no_host(_HERE, error)
         return None
 
 

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -64,6 +66,33 @@ def test_a_library_that_did_not_load_is_reported(monkeypatch: pytest.MonkeyPatch
     assert not facts["compiled"]["_C_cpu"]["loaded"]
     assert "C++ CPU kernels: undefined symbol: example" in facts["missing"]
     assert "undefined symbol: example" in info.report(facts)
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ([], "was not built"),
+        (["_host.cpython-39-x86_64-linux-gnu.so"], "built for another Python: _host.cpython-39-"),
+        (["_host.cp39-win_amd64.pyd"], "built for another Python: _host.cp39-win_amd64.pyd, "),
+        ([f"_host{EXTENSION_SUFFIXES[0]}", "_host.cpython-39-x86_64-linux-gnu.so"], "invalid ELF"),
+    ],
+)
+def test_a_host_module_that_cannot_be_used_is_explained(
+    files: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The package's own import, of a folder with the files that a build elsewhere leaves."""
+    for file in files:
+        (tmp_path / file).write_bytes(b"not a library")
+    monkeypatch.setitem(sys.modules, "sora_kernels", ModuleType("sora_kernels"))
+    monkeypatch.delitem(sys.modules, "sora_kernels._host", raising=False)
+    sys.modules["sora_kernels"].__path__ = [str(tmp_path)]
+    monkeypatch.setattr(_ext, "_HERE", tmp_path)
+    monkeypatch.setattr(_ext, "missing", {})
+    assert _ext._load_host() is None
+    sentence = _ext.missing["_host"]
+    assert expected in sentence and "\n" not in sentence
+    monkeypatch.setattr(_ext, "host", None)
+    assert f"host module: {sentence}" in info.collect()["missing"]
 
 
 def test_absent_tools_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

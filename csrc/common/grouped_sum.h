@@ -13,9 +13,6 @@
 
 namespace sora::SORA_ISA {
 
-constexpr int64_t kBlockTokens = 32;
-constexpr int64_t kColumns = 512;  // columns per unit of stage two
-
 inline void load_f32(const Matrix& m, int64_t row, int64_t n, float* out) {
   auto copy = [&](auto* base) {
     const auto* p = base + row * m.stride;
@@ -36,14 +33,8 @@ inline void store_f32(void* data, DType type, int64_t offset, int64_t n, const f
   else copy(static_cast<f16*>(data));
 }
 
-// One gradient [R, D] under reduction.
-struct GroupedSum {
-  void* result;    // [R, D] of `type`
-  DType type;
-  float* partial;  // [blocks, 2, D]
-};
-
-inline void flush_sum(const GroupedSum& g, const RowMap& map, int64_t row, int64_t block,
+// The running sum of `row` in a block.
+inline void flush_sum(const RowGrad& g, const RowMap& map, int64_t row, int64_t block,
                       int64_t tokens, int64_t width, const float* sum) {
   int64_t start = block * kBlockTokens;
   int64_t end = start + kBlockTokens < tokens ? start + kBlockTokens : tokens;
@@ -58,7 +49,7 @@ inline void flush_sum(const GroupedSum& g, const RowMap& map, int64_t row, int64
 }
 
 // Stage two for columns [column, column + n) of one row. Accumulates in double: it is free here.
-inline void finish_sum(const GroupedSum& g, const RowMap& map, int64_t row, int64_t width,
+inline void finish_sum(const RowGrad& g, const RowMap& map, int64_t row, int64_t width,
                        int64_t column, int64_t n) {
   int64_t first = row_begin(map, row), last = row_begin(map, row + 1);
   float out[kColumns] = {};
@@ -84,6 +75,27 @@ inline void finish_columns(const float* partial, int64_t blocks, int64_t width, 
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t d = 0; d < n; ++d) sum[d] += partial[b * width + column + d];
   for (int64_t d = 0; d < n; ++d) out[column + d] = static_cast<float>(sum[d]);
+}
+
+// Units [begin, end) of stage two: unit u is columns chunk u % chunks of row u / chunks - 1; row -1
+// stands for the vectors.
+template <int V, int R>
+inline void finish_sums(const VectorGrad* const (&vectors)[V], const RowGrad* const (&grads)[R],
+                        const RowMap& map, int64_t tokens, int64_t width, int64_t begin,
+                        int64_t end) {
+  const int64_t chunks = (width + kColumns - 1) / kColumns;
+  const int64_t blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t row = unit / chunks - 1, column = unit % chunks * kColumns;
+    const int64_t n = column + kColumns < width ? kColumns : width - column;
+    if (row < 0) {
+      for (const VectorGrad* g : vectors)
+        if (g->result) finish_columns(g->partial, blocks, width, column, n, g->result);
+    } else {
+      for (const RowGrad* g : grads)
+        if (g->partial) finish_sum(*g, map, row, width, column, n);
+    }
+  }
 }
 
 }  // namespace sora::SORA_ISA

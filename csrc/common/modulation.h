@@ -71,6 +71,4 @@ inline void emit(T* out, Vec v, bool, Tail io) {
   io.put(out, v);
 }
 
-inline GroupedSum grouped(const RowGrad& g) { return {g.result, g.type, g.partial}; }
-
 }  // namespace sora::SORA_ISA

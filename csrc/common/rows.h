@@ -53,6 +53,15 @@ struct RowGrad {
   float* partial = nullptr;  // [blocks, 2, D]; null if every row is one token
 };
 
+// The gradient [D] of a vector, over all tokens, on the CPU.
+struct VectorGrad {
+  float* result = nullptr;   // null: not wanted
+  float* partial = nullptr;  // [blocks, D]
+};
+
+// Sums over tokens on the CPU: tokens of a block, and columns of a unit of their second stage.
+constexpr int64_t kBlockTokens = 32, kColumns = 512;
+
 SORA_HD int64_t row_of(const RowMap& map, int64_t token) {
   return map.index ? map.index[token] : quotient(token, map.tokens_per_row);
 }

@@ -21,13 +21,9 @@ struct BiasGeluFwd : BiasGelu {
 
 struct BiasGeluBwd : BiasGelu {
   Tokens dy;
-  void* dx;              // [N, D]
-  float* dbias_partial;  // [blocks, D]; null where dbias is not wanted
-  float* dbias;          // [D]
+  void* dx;  // [N, D]
+  VectorGrad dbias;
 };
-
-constexpr int64_t kGeluBlock = 32;     // tokens per block of the backward
-constexpr int64_t kGeluColumns = 512;  // columns per unit of its second stage
 
 }  // namespace sora
 

@@ -8,7 +8,6 @@
 namespace sora::SORA_ISA {
 namespace {
 
-static_assert(kBlockTokens == kGeluBlock && kColumns == kGeluColumns);
 
 constexpr float kTwoC = 1.5957691216f;   // 2 sqrt(2 / pi)
 constexpr float kCubic = 0.071354816f;   // 2 sqrt(2 / pi) * 0.044715
@@ -61,7 +60,7 @@ template <class T>
 void backward(const BiasGeluBwd& a, int64_t begin, int64_t end) {
   Scratch scratch(a.width, 2);
   const float* bias = arranged_bias<T>(a, scratch);
-  float* dbias = a.dbias_partial ? scratch.row() : nullptr;
+  float* dbias = a.dbias.result ? scratch.row() : nullptr;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * kBlockTokens;
     const int64_t stop = start + kBlockTokens < a.tokens ? start + kBlockTokens : a.tokens;
@@ -75,7 +74,7 @@ void backward(const BiasGeluBwd& a, int64_t begin, int64_t end) {
         return dx;
       });
     }
-    if (dbias) disarrange<T>(a.dbias_partial + block * a.width, dbias, a.width);
+    if (dbias) disarrange<T>(a.dbias.partial + block * a.width, dbias, a.width);
   }
   if (a.stream) stream_fence();
 }
@@ -97,14 +96,9 @@ void bias_gelu_bwd(const BiasGeluBwd& a, int64_t begin, int64_t end) {
   by_type(a.x.type, [&](auto t) { backward<decltype(t)>(a, begin, end); });
 }
 
-// Units [begin, end) of kColumns columns each.
 void bias_gelu_bwd_finish(const BiasGeluBwd& a, int64_t begin, int64_t end) {
-  const int64_t blocks = (a.tokens + kBlockTokens - 1) / kBlockTokens;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t column = unit * kColumns;
-    const int64_t n = column + kColumns < a.width ? kColumns : a.width - column;
-    finish_columns(a.dbias_partial, blocks, a.width, column, n, a.dbias);
-  }
+  const RowGrad none;
+  finish_sums({&a.dbias}, {&none}, {}, a.tokens, a.width, begin, end);
 }
 
 }  // namespace sora::SORA_ISA

@@ -126,9 +126,6 @@ std::tuple<Tensor, Tensor> backward(Tensor dpadded, Tensor dkept, int64_t cache_
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
-  m.impl("causal_conv_pad_fwd", TORCH_BOX(&forward));
-  m.impl("causal_conv_pad_bwd", TORCH_BOX(&backward));
-}
+SORA_CPU_OP(causal_conv_pad, forward, backward)
 
 }  // namespace sora

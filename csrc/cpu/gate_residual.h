@@ -36,12 +36,8 @@ struct GateResidualBwd : GateResidual {
   Tokens dout;  // of x_type
   void* dy;     // [N, D] of y's type; null where a gradient is not wanted
   RowGrad dgate;
-  float* dweight_partial;  // [blocks, D]
-  float* dweight;
+  VectorGrad dweight;
 };
-
-constexpr int64_t kGateBlock = 32;     // tokens per block of the backward
-constexpr int64_t kGateColumns = 512;  // columns per unit of its second stage
 
 }  // namespace sora
 

@@ -12,7 +12,6 @@
 namespace sora::SORA_ISA {
 namespace {
 
-static_assert(kBlockTokens == kGateBlock && kColumns == kGateColumns);
 
 // act(gate) of the current modulation row.
 template <class Ty, bool Law>
@@ -158,7 +157,7 @@ void backward(const GateResidualBwd& a, int64_t begin, int64_t end) {
   Gate<Ty, Law> gates(a, scratch, a.dgate.result != nullptr);
   const int64_t width = a.width;
   float* dgate = a.dgate.result ? scratch.row() : nullptr;
-  float* dweight = a.dweight ? scratch.row() : nullptr;
+  float* dweight = a.dweight.result ? scratch.row() : nullptr;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * kBlockTokens;
     const int64_t stop = start + kBlockTokens < a.tokens ? start + kBlockTokens : a.tokens;
@@ -170,7 +169,7 @@ void backward(const GateResidualBwd& a, int64_t begin, int64_t end) {
         for_row(width, [&](int64_t d, auto io) {
           io.put(dgate + d, io.get(dgate + d) * io.get(slope + d));
         });
-      flush_sum(grouped(a.dgate), a.rows, row, block, a.tokens, width, dgate);
+      flush_sum(a.dgate, a.rows, row, block, a.tokens, width, dgate);
     };
     if (dweight) std::memset(dweight, 0, width * sizeof(float));
     for (int64_t position = start; position < stop; ++position) {
@@ -184,7 +183,7 @@ void backward(const GateResidualBwd& a, int64_t begin, int64_t end) {
       else normed_token<Tx, Ty, Law>(a, n, gate, dgate, dweight);
     }
     flush();
-    if (dweight) std::memcpy(a.dweight_partial + block * width, dweight, width * sizeof(float));
+    if (dweight) std::memcpy(a.dweight.partial + block * width, dweight, width * sizeof(float));
   }
   if (a.stream) stream_fence();
 }
@@ -216,17 +215,8 @@ void gate_residual_bwd(const GateResidualBwd& a, int64_t begin, int64_t end) {
   });
 }
 
-// Units [begin, end): unit u is columns chunk u % chunks of row u / chunks - 1; row -1 stands for
-// the weight.
 void gate_residual_bwd_finish(const GateResidualBwd& a, int64_t begin, int64_t end) {
-  const int64_t chunks = (a.width + kColumns - 1) / kColumns;
-  const int64_t blocks = (a.tokens + kBlockTokens - 1) / kBlockTokens;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t row = unit / chunks - 1, column = unit % chunks * kColumns;
-    const int64_t n = column + kColumns < a.width ? kColumns : a.width - column;
-    if (row >= 0) finish_sum(grouped(a.dgate), a.rows, row, a.width, column, n);
-    else if (a.dweight) finish_columns(a.dweight_partial, blocks, a.width, column, n, a.dweight);
-  }
+  finish_sums({&a.dweight}, {&a.dgate}, a.rows, a.tokens, a.width, begin, end);
 }
 
 }  // namespace sora::SORA_ISA

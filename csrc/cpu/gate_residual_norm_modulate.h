@@ -16,16 +16,14 @@ struct GateResidualNormModulate {
   // added again; else the residual as the forward stored it.
   Tokens x;
   Tokens y[kMaxBranches];  // data may be null
-  int branches;            // that gate and dy speak of
   DType y_type, out_type;
   Matrix gate[kMaxBranches], shift, scale;  // data may be null
-  const float *gate_table, *shift_table, *scale_table;  // [D] or null
+  const float *gate_table[kMaxBranches], *shift_table, *scale_table;  // [D] or null
   const float *weight, *bias;
   RowMap rows;
   float* mean;  // [N], null for RMS
   float* rstd;  // [N]
   float eps;
-  bool rms;
   int law;
   bool stream;  // outputs bypass the cache
 };
@@ -41,12 +39,8 @@ struct GateResidualNormModulateBwd : GateResidualNormModulate {
   void* dx;          // null where a gradient is not wanted, like all below
   void* dy[kMaxBranches];
   RowGrad dgate[kMaxBranches], dshift, dscale;
-  float *dweight_partial, *dbias_partial;  // [blocks, D]
-  float *dweight, *dbias;
+  VectorGrad dweight, dbias;
 };
-
-constexpr int64_t kGrnmBlock = 32;     // tokens per block of the backward
-constexpr int64_t kGrnmColumns = 512;  // columns per unit of its second stage
 
 }  // namespace sora
 

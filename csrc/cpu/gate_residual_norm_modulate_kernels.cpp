@@ -13,7 +13,6 @@
 namespace sora::SORA_ISA {
 namespace {
 
-static_assert(kBlockTokens == kGrnmBlock && kColumns == kGrnmColumns);
 
 // Every modulation of the current row, as fp32 rows.
 template <class Ty, class Tout, bool Law>
@@ -31,11 +30,9 @@ class Modulation {
   void load(int64_t row, bool with_shift) {
     const Round<Ty, Law> branch{a_.law};
     const Round<Tout, Law> out{a_.law};
-    for (int b = 0; b < a_.branches; ++b) {
-      const float* table = b == 0 ? a_.gate_table : nullptr;
+    for (int b = 0; b < kMaxBranches; ++b)
       if (a_.gate[b].data)
-        gate[b] = modulation_row(a_.gate[b], table, row, a_.width, branch, memory_[b]);
-    }
+        gate[b] = modulation_row(a_.gate[b], a_.gate_table[b], row, a_.width, branch, memory_[b]);
     if (a_.scale.data)
       one_plus = one_plus_row(a_.scale, a_.scale_table, row, a_.width, out, memory_[kMaxBranches]);
     if (a_.shift.data && with_shift)
@@ -88,6 +85,7 @@ void forward(const GateResidualNormModulateFwd& a, int64_t begin, int64_t end) {
   const Round<Tout, Law> round{a.law};
   float* row = scratch.row();
   const int64_t width = a.width;
+  const bool rms = !a.mean;
   const float inverse = 1.0f / static_cast<float>(width);
   int64_t loaded = -1;
   for (int64_t n = begin; n < end; ++n) {
@@ -100,10 +98,10 @@ void forward(const GateResidualNormModulateFwd& a, int64_t begin, int64_t end) {
       const Vec r = residual(d, io);
       io.put(row + d, r);
       emit(out + d, r, past_cache, io);
-      return a.rms ? r * r : r;
+      return rms ? r * r : r;
     });
     float mean = 0.0f;
-    if (!a.rms) {
+    if (!rms) {
       mean = inverse * first;
       const Vec centre = splat(mean);
       first = sum_row(width, [&](int64_t d, auto io) {
@@ -137,12 +135,12 @@ struct Running {
   static constexpr int kRows = kMaxBranches + 4;
 
   Running(const GateResidualNormModulateBwd& a, Scratch& scratch) {
-    for (int b = 0; b < a.branches; ++b)
+    for (int b = 0; b < kMaxBranches; ++b)
       if (a.dgate[b].result) dgate[b] = scratch.row();
     if (a.dshift.result) dshift = scratch.row();
     if (a.dscale.result) dscale = scratch.row();
-    if (a.dweight) dweight = scratch.row();
-    if (a.dbias) dbias = scratch.row();
+    if (a.dweight.result) dweight = scratch.row();
+    if (a.dbias.result) dbias = scratch.row();
   }
   void start_block(int64_t width) { clear(dweight, width), clear(dbias, width); }
   void start_row(int64_t width) {
@@ -152,7 +150,7 @@ struct Running {
   }
   void flush_row(const GateResidualNormModulateBwd& a, int64_t row, int64_t block) const {
     auto flush = [&](const RowGrad& g, const float* sum) {
-      if (sum) flush_sum(grouped(g), a.rows, row, block, a.tokens, a.width, sum);
+      if (sum) flush_sum(g, a.rows, row, block, a.tokens, a.width, sum);
     };
     for (int b = 0; b < kMaxBranches; ++b) flush(a.dgate[b], dgate[b]);
     flush(a.dshift, dshift);
@@ -160,8 +158,8 @@ struct Running {
   }
   void flush_block(const GateResidualNormModulateBwd& a, int64_t block) const {
     const int64_t bytes = a.width * sizeof(float);
-    if (dweight) std::memcpy(a.dweight_partial + block * a.width, dweight, bytes);
-    if (dbias) std::memcpy(a.dbias_partial + block * a.width, dbias, bytes);
+    if (dweight) std::memcpy(a.dweight.partial + block * a.width, dweight, bytes);
+    if (dbias) std::memcpy(a.dbias.partial + block * a.width, dbias, bytes);
   }
 
  private:
@@ -207,7 +205,7 @@ void backward_token(const GateResidualNormModulateBwd& a, int64_t n, const Modul
     return VecPair{g, g * exact};
   });
   const float inverse = 1.0f / static_cast<float>(a.width);
-  const Vec c1 = splat(a.rms ? 0.0f : means.first * inverse), c2 = splat(means.second * inverse);
+  const Vec c1 = splat(a.mean ? means.first * inverse : 0.0f), c2 = splat(means.second * inverse);
   const Tx* dresidual = a.dresidual.data ? token_row<Tx>(a.dresidual, n) : nullptr;
   Tx* dx = a.dx ? static_cast<Tx*>(a.dx) + n * a.width : nullptr;
   Ty* dy[kMaxBranches];
@@ -290,23 +288,10 @@ void gate_residual_norm_modulate_bwd(const GateResidualNormModulateBwd& a, int64
   });
 }
 
-// Units [begin, end): unit u is columns chunk u % chunks of row u / chunks - 1; row -1 stands for
-// weight and bias.
 void gate_residual_norm_modulate_bwd_finish(const GateResidualNormModulateBwd& a, int64_t begin,
                                             int64_t end) {
-  const int64_t chunks = (a.width + kColumns - 1) / kColumns;
-  const int64_t blocks = (a.tokens + kBlockTokens - 1) / kBlockTokens;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t row = unit / chunks - 1, column = unit % chunks * kColumns;
-    const int64_t n = column + kColumns < a.width ? kColumns : a.width - column;
-    if (row < 0) {
-      if (a.dweight) finish_columns(a.dweight_partial, blocks, a.width, column, n, a.dweight);
-      if (a.dbias) finish_columns(a.dbias_partial, blocks, a.width, column, n, a.dbias);
-      continue;
-    }
-    for (const RowGrad* g : {&a.dgate[0], &a.dgate[1], &a.dshift, &a.dscale})
-      if (g->result) finish_sum(grouped(*g), a.rows, row, a.width, column, n);
-  }
+  finish_sums({&a.dweight, &a.dbias}, {&a.dgate[0], &a.dgate[1], &a.dshift, &a.dscale}, a.rows,
+              a.tokens, a.width, begin, end);
 }
 
 }  // namespace sora::SORA_ISA

@@ -31,8 +31,6 @@ void check_like(const Tensor& x, const Tokens& v, const Tensor& given, const cha
                   ": expected the shape and dtype of x, or a half precision beside float32");
 }
 
-int64_t grain(int64_t width) { return 1 + 16384 / (width + 1); }
-
 Tensor forward(Tensor x, Tensor cond, Optional uncond, Tensor guidance, Tensor weight,
                Optional index, int64_t tokens_per_row) {
   GuidedStepFwd a{};
@@ -48,8 +46,8 @@ Tensor forward(Tensor x, Tensor cond, Optional uncond, Tensor guidance, Tensor w
   }
   Tensor out = empty(x, {x.size(0), x.size(1), a.width}, x.scalar_type());
   a.out = data(out);
-  a.stream = static_cast<int64_t>(out.numel() * out.element_size()) >= kStreamBytes;
-  torch::stable::parallel_for(0, a.tokens, grain(a.width), [&](int64_t b, int64_t e) {
+  a.stream = past_cache(out);
+  torch::stable::parallel_for(0, a.tokens, token_grain(a.width), [&](int64_t b, int64_t e) {
     SORA_CALL_KERNEL_BF16(guided_step_fwd, a, b, e);
   });
   return out;
@@ -72,8 +70,8 @@ std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor guidance, Tensor weight,
   Tensor dcond = grad(needs & 1), duncond = grad(needs & 2);
   a.dcond = needs & 1 ? data(dcond) : nullptr;
   a.duncond = needs & 2 ? data(duncond) : nullptr;
-  a.stream = static_cast<int64_t>(dout.numel() * dcond.element_size()) >= kStreamBytes;
-  torch::stable::parallel_for(0, a.tokens, grain(a.width), [&](int64_t b, int64_t e) {
+  a.stream = past_cache(a.tokens * a.width, a.type);
+  torch::stable::parallel_for(0, a.tokens, token_grain(a.width), [&](int64_t b, int64_t e) {
     SORA_CALL_KERNEL_BF16(guided_step_bwd, a, b, e);
   });
   return {dcond, duncond};
@@ -81,9 +79,6 @@ std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor guidance, Tensor weight,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
-  m.impl("guided_step_fwd", TORCH_BOX(&forward));
-  m.impl("guided_step_bwd", TORCH_BOX(&backward));
-}
+SORA_CPU_OP(guided_step, forward, backward)
 
 }  // namespace sora

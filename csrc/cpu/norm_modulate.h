@@ -24,7 +24,6 @@ struct NormModulate {
   float* mean;  // [N], null for RMS
   float* rstd;  // [N]
   float eps;
-  bool rms;
   int law;
 };
 
@@ -35,21 +34,11 @@ struct NormModulateFwd : NormModulate {
 
 struct NormModulateBwd : NormModulate {
   Tokens dy[kMaxOutputs];
-  void* dx;  // null where a gradient is not wanted
-  float* dweight_partial;  // [blocks, D]
-  float* dbias_partial;
-  void* dshift[kMaxOutputs];
-  void* dscale[kMaxOutputs];
-  float* dshift_partial[kMaxOutputs];  // [blocks, 2, D]
-  float* dscale_partial[kMaxOutputs];
-  DType shift_type[kMaxOutputs], scale_type[kMaxOutputs];
-  float* dweight;
-  float* dbias;
+  void* dx;  // null where a gradient is not wanted, like the results below
+  VectorGrad dweight, dbias;
+  RowGrad dshift[kMaxOutputs], dscale[kMaxOutputs];
   bool stream;
 };
-
-constexpr int64_t kNormModulateBlock = 32;    // tokens per block of the backward
-constexpr int64_t kNormModulateColumns = 512;  // columns per unit of its second stage
 
 }  // namespace sora
 

@@ -4,70 +4,45 @@
 #include <cstdlib>
 
 #include "grouped_sum.h"
-#include "law.h"
+#include "modulation.h"
 #include "scratch.h"
-#include "vec.h"
 
 namespace sora::SORA_ISA {
 namespace {
 
-static_assert(kBlockTokens == kNormModulateBlock && kColumns == kNormModulateColumns);
-
-// Applies the roundings of a law; with Law = false every call is the identity and costs nothing.
+// 1 + scale and shift of one row, tables added, as fp32 rows; null where there is none.
 template <class T, bool Law>
-struct Rounding {
-  int law;
-  Vec operator()(Vec v, int point) const {
-    if constexpr (Law) {
-      if (law & point) return round_to(v, static_cast<const T*>(nullptr));
-    }
-    return v;
+class Modulation {
+ public:
+  const float* one_plus[kMaxOutputs] = {};
+  const float* shift[kMaxOutputs] = {};
+  static constexpr int kRows = 2 * kMaxOutputs;
+
+  Modulation(const NormModulate& args, Scratch& scratch) : a_(args) {
+    for (float*& row : memory_) row = scratch.row();
   }
-};
 
-// 1 + scale and shift of one row, tables added, as fp32 rows.
-template <class Round>
-struct Modulation {
-  const NormModulate& a;
-  Round round;
-  float* one_plus[kMaxOutputs];
-  float* shift[kMaxOutputs];
-
-  Modulation(const NormModulate& args, Round rounding, Scratch& scratch) : a(args), round(rounding) {
-    for (int o = 0; o < a.outputs; ++o) {
-      one_plus[o] = a.scale[o].data ? scratch.row() : nullptr;
-      shift[o] = a.shift[o].data ? scratch.row() : nullptr;
+  void load(int64_t row, bool with_shift) {
+    const Round<T, Law> round{a_.law};
+    for (int o = 0; o < a_.outputs; ++o) {
+      if (a_.scale[o].data)
+        one_plus[o] = one_plus_row(a_.scale[o], a_.scale_table, row, a_.width, round, memory_[o]);
+      if (a_.shift[o].data && with_shift)
+        shift[o] = modulation_row(a_.shift[o], a_.shift_table, row, a_.width, round,
+                                  memory_[kMaxOutputs + o]);
     }
   }
 
-  void load_row(int64_t row, bool with_shift) {
-    for (int o = 0; o < a.outputs; ++o) {
-      if (one_plus[o]) {
-        float* out = one_plus[o];
-        load_f32(a.scale[o], row, a.width, out);
-        for_row(a.width, [&](int64_t d, auto io) {
-          Vec v = io.get(out + d);
-          if (a.scale_table) v = round(v + io.get(a.scale_table + d), kTable);
-          io.put(out + d, round(v + splat(1.0f), kOnePlus));
-        });
-      }
-      if (shift[o] && with_shift) {
-        float* out = shift[o];
-        load_f32(a.shift[o], row, a.width, out);
-        if (a.shift_table)
-          for_row(a.width, [&](int64_t d, auto io) {
-            io.put(out + d, round(io.get(out + d) + io.get(a.shift_table + d), kTable));
-          });
-      }
-    }
-  }
+ private:
+  const NormModulate& a_;
+  float* memory_[kRows];
 };
 
 template <class Tin, class Tout, bool Law>
 void forward(const NormModulateFwd& a, int64_t begin, int64_t end) {
-  Scratch scratch(a.width, 1 + 2 * kMaxOutputs);
-  Rounding<Tout, Law> round{a.law};
-  Modulation<Rounding<Tout, Law>> modulation(a, round, scratch);
+  Scratch scratch(a.width, 1 + Modulation<Tout, Law>::kRows);
+  const Round<Tout, Law> round{a.law};
+  Modulation<Tout, Law> modulation(a, scratch);
   float* row = scratch.row();
   const float inverse = 1.0f / static_cast<float>(a.width);
   int64_t loaded = -1;
@@ -75,7 +50,7 @@ void forward(const NormModulateFwd& a, int64_t begin, int64_t end) {
     const Tin* x = token_row<Tin>(a.x, n);
     float mean = 0.0f;
     float square;
-    if (a.rms) {
+    if (!a.mean) {
       square = sum_row(a.width, [&](int64_t d, auto io) {
         Vec v = io.get(x + d);
         io.put(row + d, v);
@@ -96,7 +71,7 @@ void forward(const NormModulateFwd& a, int64_t begin, int64_t end) {
     if (a.mean) a.mean[n] = mean;
     a.rstd[n] = rstd;
     const int64_t wanted = row_of(a.rows, n);
-    if (wanted != loaded) modulation.load_row(loaded = wanted, true);
+    if (wanted != loaded) modulation.load(loaded = wanted, true);
     const Vec vmean = splat(mean), vrstd = splat(rstd);
     for (int o = 0; o < a.outputs; ++o) {
       Tout* y = static_cast<Tout*>(a.y[o]) + n * a.width;
@@ -119,19 +94,19 @@ void forward(const NormModulateFwd& a, int64_t begin, int64_t end) {
 // Blocks [begin, end) of kBlockTokens sorted tokens each.
 template <class Tin, class Tout, bool Law>
 void backward(const NormModulateBwd& a, int64_t begin, int64_t end) {
-  Scratch scratch(a.width, 4 + 4 * kMaxOutputs);
-  Rounding<Tout, Law> round{a.law};
-  Modulation<Rounding<Tout, Law>> modulation(a, round, scratch);
+  Scratch scratch(a.width, 4 + Modulation<Tout, Law>::kRows + 2 * kMaxOutputs);
+  const Round<Tout, Law> round{a.law};
+  Modulation<Tout, Law> modulation(a, scratch);
   const int64_t width = a.width;
   float* xhat = scratch.row();
   float* dxhat = scratch.row();
-  float* dweight = a.dweight_partial ? scratch.row() : nullptr;
-  float* dbias = a.dbias_partial ? scratch.row() : nullptr;
+  float* dweight = a.dweight.result ? scratch.row() : nullptr;
+  float* dbias = a.dbias.result ? scratch.row() : nullptr;
   float* dshift[kMaxOutputs] = {};
   float* dscale[kMaxOutputs] = {};
   for (int o = 0; o < a.outputs; ++o) {
-    if (a.dshift[o]) dshift[o] = scratch.row();
-    if (a.dscale[o]) dscale[o] = scratch.row();
+    if (a.dshift[o].result) dshift[o] = scratch.row();
+    if (a.dscale[o].result) dscale[o] = scratch.row();
   }
   auto clear = [&](float* p) { if (p) std::memset(p, 0, width * sizeof(float)); };
   const float inverse = 1.0f / static_cast<float>(width);
@@ -142,12 +117,8 @@ void backward(const NormModulateBwd& a, int64_t begin, int64_t end) {
     int64_t row = -1;
     auto flush = [&] {
       for (int o = 0; row >= 0 && o < a.outputs; ++o) {
-        if (dshift[o])
-          flush_sum({a.dshift[o], a.shift_type[o], a.dshift_partial[o]}, a.rows, row, block,
-                    a.tokens, width, dshift[o]);
-        if (dscale[o])
-          flush_sum({a.dscale[o], a.scale_type[o], a.dscale_partial[o]}, a.rows, row, block,
-                    a.tokens, width, dscale[o]);
+        if (dshift[o]) flush_sum(a.dshift[o], a.rows, row, block, a.tokens, width, dshift[o]);
+        if (dscale[o]) flush_sum(a.dscale[o], a.rows, row, block, a.tokens, width, dscale[o]);
       }
     };
     clear(dweight);
@@ -157,7 +128,7 @@ void backward(const NormModulateBwd& a, int64_t begin, int64_t end) {
       if (row_of(a.rows, n) != row) {
         flush();
         row = row_of(a.rows, n);
-        modulation.load_row(row, false);
+        modulation.load(row, false);
         for (int o = 0; o < a.outputs; ++o) clear(dshift[o]), clear(dscale[o]);
       }
       const Tin* x = token_row<Tin>(a.x, n);
@@ -187,7 +158,7 @@ void backward(const NormModulateBwd& a, int64_t begin, int64_t end) {
         return VecPair{dhat, dhat * exact};
       });
       if (a.dx) {
-        const Vec c1 = splat(a.rms ? 0.0f : sums.first * inverse);
+        const Vec c1 = splat(a.mean ? sums.first * inverse : 0.0f);
         const Vec c2 = splat(sums.second * inverse);
         Tin* dx = static_cast<Tin*>(a.dx) + n * width;
         write_row(dx, width, a.stream, [&](int64_t d, auto io) {
@@ -196,11 +167,11 @@ void backward(const NormModulateBwd& a, int64_t begin, int64_t end) {
       }
     }
     flush();
-    auto keep = [&](float* partial, const float* sum) {
-      if (partial) std::memcpy(partial + block * width, sum, width * sizeof(float));
+    auto keep = [&](const VectorGrad& grad, const float* sum) {
+      if (sum) std::memcpy(grad.partial + block * width, sum, width * sizeof(float));
     };
-    keep(a.dweight_partial, dweight);
-    keep(a.dbias_partial, dbias);
+    keep(a.dweight, dweight);
+    keep(a.dbias, dbias);
   }
   if (a.stream) stream_fence();
 }
@@ -233,28 +204,9 @@ void norm_modulate_bwd(const NormModulateBwd& a, int64_t begin, int64_t end) {
   });
 }
 
-// Units [begin, end): unit u is columns chunk u % chunks of row u / chunks; the row after the last
-// stands for weight and bias.
 void norm_modulate_bwd_finish(const NormModulateBwd& a, int64_t begin, int64_t end) {
-  const int64_t chunks = (a.width + kColumns - 1) / kColumns;
-  const int64_t blocks = (a.tokens + kBlockTokens - 1) / kBlockTokens;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t row = unit / chunks - 1, column = unit % chunks * kColumns;
-    const int64_t n = column + kColumns < a.width ? kColumns : a.width - column;
-    if (row < 0) {
-      if (a.dweight) finish_columns(a.dweight_partial, blocks, a.width, column, n, a.dweight);
-      if (a.dbias) finish_columns(a.dbias_partial, blocks, a.width, column, n, a.dbias);
-      continue;
-    }
-    for (int o = 0; o < a.outputs; ++o) {
-      if (a.dshift[o])
-        finish_sum({a.dshift[o], a.shift_type[o], a.dshift_partial[o]}, a.rows, row, a.width,
-                   column, n);
-      if (a.dscale[o])
-        finish_sum({a.dscale[o], a.scale_type[o], a.dscale_partial[o]}, a.rows, row, a.width,
-                   column, n);
-    }
-  }
+  finish_sums({&a.dweight, &a.dbias}, {&a.dshift[0], &a.dscale[0], &a.dshift[1], &a.dscale[1]},
+              a.rows, a.tokens, a.width, begin, end);
 }
 
 }  // namespace sora::SORA_ISA

@@ -11,14 +11,6 @@
 namespace sora {
 namespace {
 
-// A [C] vector as fp32, or a constant if there is none; kept in `keep`.
-const float* channels_of(const Optional& t, int64_t width, float otherwise, const char* name,
-                         std::vector<std::vector<float>>& keep) {
-  if (t) return vector_of(t, width, name, keep);
-  keep.emplace_back(width, otherwise);
-  return keep.back().data();
-}
-
 Regions regions_of(const Tensor& t, bool last, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4, "sora_kernels: ", name, ": expected 4 dimensions, got ", t.dim());
   const int unit = last ? 3 : 2;
@@ -50,10 +42,8 @@ int64_t block_of(int64_t width, int64_t groups, bool last) {
   return std::clamp(positions, kNormSiluBlock, 8 * kNormSiluBlock);
 }
 
-void fill(NormSilu& a, const Tensor& x, const Optional& weight, const Optional& bias,
-          int64_t groups, double floor, bool silu, bool last,
-          std::vector<std::vector<float>>& keep) {
-  keep.reserve(4);
+void fill(Cpu& device, NormSilu& a, const Tensor& x, const Optional& weight, const Optional& bias,
+          int64_t groups, double floor, bool silu, bool last) {
   a.x = regions_of(x, last, "x");
   a.type = dtype_of(x);
   a.frames = x.size(1);
@@ -68,9 +58,9 @@ void fill(NormSilu& a, const Tensor& x, const Optional& weight, const Optional& 
   a.last = last;
   a.silu = silu;
   a.floor = static_cast<float>(floor);
-  a.weight = channels_of(weight, a.width, 1.0f, "weight", keep);
-  a.bias = channels_of(bias, a.width, 0.0f, "bias", keep);
-  a.stream = static_cast<int64_t>(x.numel() * x.element_size()) >= kStreamBytes;
+  a.weight = weight ? device.vector(weight, a.width, "weight") : device.constant(a.width, 1.0f);
+  a.bias = bias ? device.vector(bias, a.width, "bias") : device.constant(a.width, 0.0f);
+  a.stream = past_cache(x);
 }
 
 template <class Body>
@@ -161,8 +151,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Optional weight, Optional b
                                            int64_t groups, double eps, double floor, bool silu,
                                            bool channels_last) {
   NormSiluFwd a{};
-  std::vector<std::vector<float>> keep;
-  fill(a, x, weight, bias, groups, floor, silu, channels_last, keep);
+  Cpu device(x);
+  fill(device, a, x, weight, bias, groups, floor, silu, channels_last);
   a.eps = static_cast<float>(eps);
   Tensor y = allocate(x, channels_last, a.out);
   Tensor mean = empty(x, {groups ? a.regions * groups : 0}, ScalarType::Float);
@@ -242,8 +232,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor mean, Te
                                             double floor, bool silu, bool channels_last,
                                             int64_t needs) {
   NormSiluBwd a{};
-  std::vector<std::vector<float>> keep;
-  fill(a, x, weight, bias, groups, floor, silu, channels_last, keep);
+  Cpu device(x);
+  fill(device, a, x, weight, bias, groups, floor, silu, channels_last);
   a.dy = regions_of(dy, channels_last, "dy");
   bool same = dtype_of(dy) == a.type;
   for (int d = 0; d < 4; ++d) same &= dy.size(d) == x.size(d);
@@ -276,9 +266,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor mean, Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
-  m.impl("norm_silu_fwd", TORCH_BOX(&forward));
-  m.impl("norm_silu_bwd", TORCH_BOX(&backward));
-}
+SORA_CPU_OP(norm_silu, forward, backward)
 
 }  // namespace sora

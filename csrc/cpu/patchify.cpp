@@ -188,9 +188,6 @@ std::vector<Tensor> backward(Tensor tokens, std::vector<int64_t> grids, std::vec
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
-  m.impl("patchify_fwd", TORCH_BOX(&forward));
-  m.impl("patchify_bwd", TORCH_BOX(&backward));
-}
+SORA_CPU_OP(patchify, forward, backward)
 
 }  // namespace sora

@@ -6,23 +6,10 @@
 #include "dtype.h"
 #include "grid.h"
 #include "isa.h"
+#include "qk.h"
+#include "rows.h"
 
 namespace sora {
-
-constexpr int kMaxAxes = 4;
-constexpr int64_t kQkBlock = 32;     // tokens per block of the backward
-constexpr int64_t kQkColumns = 512;  // columns per unit of its second stage
-
-// The values are those of Norm and Pairing in ops/qk_norm_rope/raw.py.
-enum QkNorm : int { kNoNorm = 0, kRms = 1, kLayer = 2, kRmsFull = 3 };
-enum QkPairing : int { kInterleaved = 0, kHalf = 1, kHalfPerAxis = 2 };
-
-// [B, L, H, D] with unit stride along D.
-struct Heads {
-  const void* data = nullptr;
-  int64_t per_batch = 1;  // L
-  int64_t batch_stride = 0, token_stride = 0, head_stride = 0;
-};
 
 struct QkSide {
   int64_t tokens, heads;

@@ -17,8 +17,7 @@ namespace sora::SORA_ISA {
 
 template <class T>
 inline const T* token_of(const Heads& x, int64_t n) {
-  return static_cast<const T*>(x.data) + (n / x.per_batch) * x.batch_stride +
-         (n % x.per_batch) * x.token_stride;
+  return static_cast<const T*>(x.data) + token_offset(x, n);
 }
 
 // Which rows of cos and sin the tokens of a side take: one, or one for each axis.
@@ -126,12 +125,12 @@ class FastHeads {
     if (a.stream) stream_fence();
   }
 
-  // Blocks of kQkBlock tokens each.
+  // Blocks of kBlockTokens tokens each.
   void backward(int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       for (int s = 0; s < 2; ++s)
         for (float* row : sums_[s]) std::memset(row, 0, size(a.side[s]) * sizeof(float));
-      for (int64_t n = block * kQkBlock; n < (block + 1) * kQkBlock; ++n) {
+      for (int64_t n = block * kBlockTokens; n < (block + 1) * kBlockTokens; ++n) {
         bool loaded = !a.rotate;
         for (int s = 0; s < 2; ++s) {
           const QkSide& side = a.side[s];
@@ -143,7 +142,7 @@ class FastHeads {
       }
       for (int s = 0; s < 2; ++s) {
         const QkSide& side = a.side[s];
-        if (block * kQkBlock >= side.tokens) continue;
+        if (block * kBlockTokens >= side.tokens) continue;
         const int64_t count = a.norm == kRmsFull ? size(side) : a.width;
         for (auto [partial, row] : {Kept{side.dweight_partial, sums_[s][0]},
                                     Kept{side.dbias_partial, sums_[s][1]}})

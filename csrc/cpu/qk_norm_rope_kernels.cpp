@@ -12,26 +12,13 @@
 #include <type_traits>
 
 #include "grouped_sum.h"
-#include "law.h"
+#include "modulation.h"
 #include "qk_norm_rope_fast.h"
 #include "scratch.h"
-#include "vec.h"
 
 namespace sora::SORA_ISA {
 namespace {
 
-static_assert(kQkColumns == kColumns);
-
-template <class T, bool Law>
-struct Rounding {
-  int law;
-  Vec operator()(Vec v, int points) const {
-    if constexpr (Law) {
-      if (law & points) return round_to(v, static_cast<const T*>(nullptr));
-    }
-    return v;
-  }
-};
 
 template <class T>
 const T* head_row(const Heads& x, int64_t n, int64_t h) {
@@ -65,7 +52,7 @@ class Angles {
   void load(const QkSide& side, int64_t n, int64_t head = 0) {
     const int32_t* position = rows_[&side - a.side].of(n);
     const int64_t half = a.axis_end[a.axes - 1];
-    const Rounding<T, Law> round{a.law};
+    const Round<T, Law> round{a.law};
     for (int64_t axis = 0, j = 0; axis < a.num_positions; ++axis) {
       const int64_t end = a.num_positions == 1 ? half : a.axis_end[axis];
       int64_t row = position[axis];
@@ -103,7 +90,7 @@ class Angles {
   void rotate(Get&& get, Put&& put) const {
     const int64_t turned = a.rotate ? 2 * a.axis_end[a.axes - 1] : 0;
     if (a.pairing == kInterleaved) {
-      const Rounding<T, Law && !Back> round{a.law};
+      const Round<T, Law && !Back> round{a.law};
       for_row(turned, [&](int64_t d, auto io) {
         const Vec u = get(d, io);
         const Vec kept = round(u * io.get(cos_ + d), kRope);
@@ -129,7 +116,7 @@ class Angles {
   // Pairs [begin, end) whose components are the two halves of [2 * begin, 2 * end).
   template <bool Back, class Get, class Put>
   void rotate_halves(int64_t begin, int64_t end, Get&& get, Put&& put) const {
-    const Rounding<T, Law && !Back> round{a.law};
+    const Round<T, Law && !Back> round{a.law};
     const int64_t first = 2 * begin, second = begin + end;
     for_row(end - begin, [&](int64_t j, auto io) {
       const Vec x = get(first + j, io), y = get(second + j, io);
@@ -210,7 +197,7 @@ inline const float* head_weight(const QkNormRope& a, const QkSide& side, int64_t
 template <class T, bool Law>
 void forward(const QkNormRope& a, int64_t begin, int64_t end) {
   Workspace<T, Law> w(a, 0);
-  const Rounding<T, Law> round{a.law};
+  const Round<T, Law> round{a.law};
   for (int64_t n = begin; n < end; ++n) {
     bool loaded = a.per_head || !a.rotate;
     for (const QkSide& side : a.side) {
@@ -264,7 +251,7 @@ inline void keep_sum(const float* sums, int64_t groups, int64_t count, float* pa
 template <class T, bool Law>
 void token_backward(const QkNormRope& a, const QkSide& side, int64_t n, Workspace<T, Law>& w,
                     float* g_row, float* dweight_row, float* dbias_row) {
-  const Rounding<T, Law> round{a.law};
+  const Round<T, Law> round{a.law};
   const int64_t width = a.width;
   const int64_t row = input_row(a, n);
   T* dx = static_cast<T*>(side.dx) + row * side.heads * width;
@@ -317,7 +304,7 @@ void token_backward(const QkNormRope& a, const QkSide& side, int64_t n, Workspac
   if (a.stream) copy_past_cache(dx, w.out, side.heads * width);
 }
 
-// Blocks [begin, end) of kQkBlock tokens each.
+// Blocks [begin, end) of kBlockTokens tokens each.
 template <class T, bool Law>
 void backward(const QkNormRope& a, int64_t begin, int64_t end) {
   Workspace<T, Law> w(a, 5);
@@ -327,7 +314,7 @@ void backward(const QkNormRope& a, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     for (auto& side : sums)
       for (float* sum : side) std::memset(sum, 0, a.width * w.most * sizeof(float));
-    for (int64_t n = block * kQkBlock; n < (block + 1) * kQkBlock; ++n) {
+    for (int64_t n = block * kBlockTokens; n < (block + 1) * kBlockTokens; ++n) {
       bool loaded = a.per_head || !a.rotate;
       for (int s = 0; s < 2; ++s) {
         const QkSide& side = a.side[s];
@@ -340,7 +327,7 @@ void backward(const QkNormRope& a, int64_t begin, int64_t end) {
     }
     for (int s = 0; s < 2; ++s) {
       const QkSide& side = a.side[s];
-      if (block * kQkBlock >= side.tokens) continue;
+      if (block * kBlockTokens >= side.tokens) continue;
       const int64_t groups = full ? 1 : side.heads, count = full ? side.heads * a.width : a.width;
       keep_sum(sums[s][0], groups, count, side.dweight_partial, block);
       keep_sum(sums[s][1], groups, count, side.dbias_partial, block);
@@ -387,7 +374,7 @@ void qk_norm_rope_bwd_finish(const QkNormRope& a, int64_t begin, int64_t end) {
   int64_t unit = 0;
   for (const QkSide& side : a.side) {
     const int64_t size = a.width * (a.norm == kRmsFull ? side.heads : 1);
-    const int64_t blocks = (side.tokens + kQkBlock - 1) / kQkBlock;
+    const int64_t blocks = (side.tokens + kBlockTokens - 1) / kBlockTokens;
     for (int64_t column = 0; column < size; column += kColumns, ++unit) {
       if (unit < begin || unit >= end) continue;
       const int64_t n = column + kColumns < size ? kColumns : size - column;

@@ -1,5 +1,5 @@
-// Helpers of the CUDA bindings, on top of those of the CPU: stable-ABI tensors to the plain structs
-// that kernels take. No CUDA headers here, so bindings are compiled by the C++ compiler.
+// Helpers of the CUDA bindings, on top of those of csrc/common/tensors.h. No CUDA headers here, so
+// bindings are compiled by the C++ compiler.
 //
 // The emulator of tests/cuda_emulator compiles the same bindings for the CPU dispatch key of a library
 // of its own: SORA_EMULATED.
@@ -9,13 +9,15 @@
 
 #include <climits>
 
-#include "../cpu/bind.h"
 #include "sums.h"
+#include "tensors.h"
 
 #ifdef SORA_EMULATED
-#define SORA_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(sora_kernels_emulated, CPU, m)
+#define SORA_CUDA_OP(op, forward, backward) \
+  SORA_RAW_OP(sora_kernels_emulated, CPU, op, "_cuda", forward, backward)
 #else
-#define SORA_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CUDA, m)
+#define SORA_CUDA_OP(op, forward, backward) \
+  SORA_RAW_OP(sora_kernels, CUDA, op, "_cuda", forward, backward)
 #endif
 
 namespace sora::cuda {
@@ -41,7 +43,7 @@ class OnDevice {
 };
 
 #ifdef SORA_EMULATED
-// Instead of the allocation of csrc/cpu/bind.h: NaN between two bands of a number that tests look for.
+// Instead of the allocation of csrc/common/tensors.h: NaN between two bands of a number that tests look for.
 constexpr int64_t kBand = 64;
 constexpr double kBandValue = 12288.0;
 
@@ -58,38 +60,60 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType t
 using sora::empty;
 #endif
 
-inline int width_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.size(x.dim() - 1) < INT_MAX / 2,
-                  "sora_kernels: x: expected rows of less than 2^30, got ", x.size(x.dim() - 1));
-  return static_cast<int>(x.size(x.dim() - 1));
-}
+// What a call needs of its device: memory like that of a tensor, and torch's stream.
+class Cuda {
+ public:
+  explicit Cuda(const Tensor& like) : like_(like), device_(like) {}
 
-// A [D] vector of any of the types, as a matrix that repeats it.
-inline Matrix vector_of(const Optional& t, int64_t width, const char* name) {
-  if (!t) return {};
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == width, "sora_kernels: ", name,
-                  ": expected shape [", width, "]");
-  check_unit_stride(*t, name);
-  return {t->const_data_ptr(), 0, dtype_of(*t)};
-}
+  Tensor empty(std::vector<int64_t> shape, ScalarType type) const {
+    return cuda::empty(like_, std::move(shape), type);
+  }
+  Stream stream() const { return device_.stream(); }
 
-// Memory for gradients that are grouped sums, and for their partial sums until stage two has run.
+  static int width_of(const Tensor& x) {
+    const int64_t width = x.size(x.dim() - 1);
+    STD_TORCH_CHECK(width < INT_MAX / 2,
+                    "sora_kernels: x: expected rows of less than 2^30, got ", width);
+    return static_cast<int>(width);
+  }
+
+  // A [D] vector of any of the types, as a matrix that repeats it.
+  static Matrix vector(const Optional& t, int64_t width, const char* name) {
+    if (!t) return {};
+    check_vector(*t, width, name);
+    return {t->const_data_ptr(), 0, dtype_of(*t)};
+  }
+
+ private:
+  const Tensor& like_;
+  OnDevice device_;
+};
+
+// Memory for gradients of tokens, and for those that are sums over tokens with their partial sums
+// until stage two has run.
 class Gradients {
  public:
-  Gradients(const Tensor& like, int64_t tokens, int64_t width, const RowMap& rows,
+  Gradients(const Cuda& device, int64_t tokens, int64_t width, const RowMap& rows,
             bool one_token_rows)
-      : like_(like), tokens_(tokens), width_(width), rows_(rows), whole_(one_token_rows) {
+      : device_(device), tokens_(tokens), width_(width), rows_(rows), whole_(one_token_rows) {
     const int64_t size = block_tokens(tokens);
     blocks_ = tokens > 0 ? (tokens + size - 1) / size : 1;  // a null pointer means something else
   }
 
-  Tensor none() const { return empty(like_, {0}, ScalarType::Float); }  // outputs must not alias
+  Tensor none() const { return device_.empty({0}, ScalarType::Float); }  // outputs must not alias
+
+  Tensor tokens(bool wanted, const Tensor& like, ScalarType type, void*& result) const {
+    if (!wanted) return none();
+    Tensor grad = device_.empty(shape_of(like), type);
+    result = data(grad);
+    return grad;
+  }
 
   // Of a modulation [R, D]. One that is summed further, over rows (for its table), stays fp32.
   Tensor modulation(bool wanted, const Optional& of, bool table, GroupedSum& sum) {
     if (!wanted || !of) return none();
     Tensor grad =
-        empty(like_, {of->size(0), width_}, table ? ScalarType::Float : of->scalar_type());
+        device_.empty({of->size(0), width_}, table ? ScalarType::Float : of->scalar_type());
     sum = {{data(grad), dtype_of(grad), whole_ ? nullptr : partial()}, rows_, of->size(0)};
     return grad;
   }
@@ -97,7 +121,7 @@ class Gradients {
   // Of a vector [D]: fp32, over all tokens, in the order in which the rows sort them.
   Tensor vector(bool wanted, const Optional& of, GroupedSum& sum) {
     if (!wanted || !of) return none();
-    Tensor grad = empty(like_, {width_}, ScalarType::Float);
+    Tensor grad = device_.empty({width_}, ScalarType::Float);
     RowMap all;
     all.order = rows_.order;
     all.tokens_per_row = tokens_ > 0 ? tokens_ : 1;
@@ -107,11 +131,11 @@ class Gradients {
 
  private:
   float* partial() {
-    partials_.push_back(empty(like_, {blocks_, 2, width_}, ScalarType::Float));
+    partials_.push_back(device_.empty({blocks_, 2, width_}, ScalarType::Float));
     return data<float>(partials_.back());
   }
 
-  const Tensor& like_;
+  const Cuda& device_;
   int64_t tokens_, width_, blocks_;
   RowMap rows_;
   bool whole_;

@@ -92,7 +92,7 @@ SORA_D void gate_of(const Args& a, int b, int64_t row, int column, const R& roun
   for (int i = 0; i < V; ++i) gate[i] = 1.0f;
 }
 
-SORA_D bool wants_dr(const Args& a) {
+SORA_HD bool wants_dr(const Args& a) {
   return a.dx || a.dy[0] || a.dy[1] || a.dgate[0].grad.result || a.dgate[1].grad.result;
 }
 
@@ -282,7 +282,7 @@ bool needs_all(const Args& a) {
 }
 
 void launch_any(const Args& a, int64_t size, Stream stream) {
-  if (a.means) {
+  if (wants_dr(a)) {
     const dim3 block = row_threads(a.width, kElements, kAnyThreads);
     launch(gate_residual_norm_modulate_bwd_means, dim3(blocks_of(a.tokens, block.y)), block, 0,
            stream, a);

@@ -1,22 +1,16 @@
-// CUDA binding of qk_norm_rope. What it shares with the CPU is in ../cpu/qk_norm_rope_call.h.
+// CUDA binding of qk_norm_rope.
 #include "qk_norm_rope.h"
 
 #include "bind.h"
-
-#include "../cpu/qk_norm_rope_call.h"
+#include "qk_norm_rope_call.h"
 
 namespace sora::cuda {
 namespace {
 
-class Cuda {
+class Device : public Cuda {
  public:
   using Pass = QkNormRope;
-
-  explicit Cuda(const Tensor& q) : like_(q), device_(q) {}
-
-  Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) const {
-    return cuda::empty(like, shape, type);
-  }
+  using Cuda::Cuda;
 
   // Values on the GPU are trusted: to look at them would wait for it.
   const int64_t* index(const Tensor& t, int64_t rows) const {
@@ -26,24 +20,24 @@ class Cuda {
   void check(const GridTable&, int64_t, int64_t, int64_t) const {}
 
   Matrix parameter(const Optional& t, int64_t heads, int64_t width, const char* name) const {
-    Matrix m = vector_of(t, heads * width, name);
+    Matrix m = vector(t, heads * width, name);
     if (heads > 1) m.stride = width;
     return m;
   }
 
   void forward(QkNormRope& a, int64_t) const {
     qk_plan(a, false);
-    qk_norm_rope_fwd(a, device_.stream());
+    qk_norm_rope_fwd(a, stream());
   }
 
   void backward(QkNormRope& a, int64_t) const {
     qk_plan(a, true);
     std::vector<Tensor> partials;
     for (QkSide& s : a.side) {
-      partials.push_back(empty(like_, {qk_partials(a, s)}, ScalarType::Float));
+      partials.push_back(empty({qk_partials(a, s)}, ScalarType::Float));
       s.partial = data<float>(partials.back());
     }
-    qk_norm_rope_bwd(a, device_.stream());
+    qk_norm_rope_bwd(a, stream());
   }
 
   void copy_rows(const Tensor& from, Tensor& to, const int64_t* rows, int64_t count,
@@ -59,20 +53,13 @@ class Cuda {
     (gather ? s.dy : s.x) = heads_of(from, "v");
     (gather ? s.dx : s.y) = data(to);
     qk_plan(a, gather);
-    if (gather) qk_norm_rope_bwd(a, device_.stream());  // the way back of the forward's
-    else qk_norm_rope_fwd(a, device_.stream());
+    if (gather) qk_norm_rope_bwd(a, stream());  // the way back of the forward's
+    else qk_norm_rope_fwd(a, stream());
   }
-
- private:
-  const Tensor& like_;
-  OnDevice device_;
 };
 
 }  // namespace
 
-SORA_CUDA_LIBRARY(m) {
-  m.impl("qk_norm_rope_fwd_cuda", TORCH_BOX(&qk_forward<Cuda>));
-  m.impl("qk_norm_rope_bwd_cuda", TORCH_BOX(&qk_backward<Cuda>));
-}
+SORA_CUDA_OP(qk_norm_rope, qk_forward<Device>, qk_backward<Device>)
 
 }  // namespace sora::cuda

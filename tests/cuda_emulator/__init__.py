@@ -2,7 +2,7 @@
 
 Kernels *and* bindings are the very sources that nvcc and the C++ compiler see in a CUDA build;
 `cuda_runtime.h` and its neighbours stand for the toolkit. The raw ops `<op>_fwd_cuda` and
-`<op>_bwd_cuda` then exist for CPU tensors as `torch.ops.sora_kernels_emulated.*`.
+`<op>_bwd_cuda` then exist for CPU tensors as `torch.ops.sora_kernels_emulated.*`, schemas included.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ FLAGS = (
     f"-I{HERE} -I{ROOT}/csrc/common -I{ROOT}/csrc/cuda -x c++ -c"
 )
 
-_library: torch.library.Library | None = None
 _symbols: ctypes.CDLL | None = None
 
 
@@ -96,15 +95,11 @@ def build_toy() -> Path:
 
 
 def load() -> None:
-    """Builds the library if need be and registers its ops, with the schemas of the real ones."""
-    global _library, _symbols
-    if _library is not None:
+    """Builds the library if need be and registers its ops."""
+    global _symbols
+    if _symbols is not None:
         return
     path = build()
-    _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    for op in backend.cuda_ops():
-        schema = str(getattr(torch.ops.sora_kernels, op).default._schema)
-        _library.define(schema.split("::", 1)[1])
     torch.ops.load_library(str(path))
     _symbols = ctypes.CDLL(str(path))
 

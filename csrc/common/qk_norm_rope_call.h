@@ -1,13 +1,14 @@
-// The raw ops of qk_norm_rope, from stable-ABI tensors to passes, for any Device that runs passes: that
-// of CUDA is in ../cuda/qk_norm_rope.cpp. How tensors come in streams is said in
+// The raw ops of qk_norm_rope, from stable-ABI tensors to passes, for any Device that runs passes: those
+// of cpu/qk_norm_rope.cpp and cuda/qk_norm_rope.cpp. How tensors come in streams is said in
 // ops/qk_norm_rope/raw.py; each stream is one pass of the kernels.
 #pragma once
 #include <algorithm>
+#include <climits>
 #include <tuple>
 
-#include "bind.h"
 #include "grid.h"
 #include "qk.h"
+#include "tensors.h"
 
 namespace sora {
 
@@ -24,12 +25,6 @@ inline Heads heads_of(const Tensor& t, const char* name) {
 }
 
 inline int64_t tokens_of_heads(const Tensor& t) { return t.numel() / (t.size(-1) * t.size(-2)); }
-
-inline std::vector<int64_t> shape_of(const Tensor& t) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(t.size(d));
-  return shape;
-}
 
 // What forward and backward are called with, besides gradients.
 struct __attribute__((visibility("hidden"))) QkInputs {
@@ -143,6 +138,8 @@ typename Device::Pass pass_of(Device& device, const QkInputs& in, size_t stream)
     side.x = heads_of(x, "q, k");
     side.heads = x.size(-2);
     side.tokens = tokens_of_heads(x);
+    STD_TORCH_CHECK(side.tokens <= INT_MAX && in.tokens <= INT_MAX,
+                    "sora_kernels: q, k: expected fewer than 2^31 tokens");
     if (!in.index.empty()) {  // a.index is null where a stream has no tokens
       const int64_t count = in.index[stream].numel();
       STD_TORCH_CHECK(a.gather || side.tokens == count,
@@ -182,9 +179,9 @@ std::tuple<Tensor, Tensor, Tensor> qk_forward(
   in.check();
   Device device(q[0]);
   const auto output = [&](const List& x) {
-    if (x.empty()) return device.empty(q[0], {0}, q[0].scalar_type());
-    if (x.size() == 1) return device.empty(x[0], shape_of(x[0]), x[0].scalar_type());
-    return device.empty(x[0], {tokens, x[0].size(-2), x[0].size(-1)}, x[0].scalar_type());
+    if (x.empty()) return device.empty({0}, q[0].scalar_type());
+    if (x.size() == 1) return device.empty(shape_of(x[0]), x[0].scalar_type());
+    return device.empty({tokens, x[0].size(-2), x[0].size(-1)}, x[0].scalar_type());
   };
   Tensor out[] = {output(q), output(k), output(v)};
   for (size_t stream = 0; stream < in.streams(); ++stream) {
@@ -217,7 +214,7 @@ List qk_backward(
   List out;
   for (int i = 0; i < 7; ++i)
     for (const Tensor& t : *lists[i])
-      out.push_back(device.empty(t, needs[out.size()] ? shape_of(t) : std::vector<int64_t>{0},
+      out.push_back(device.empty(needs[out.size()] ? shape_of(t) : std::vector<int64_t>{0},
                                  i < 3 ? t.scalar_type() : ScalarType::Float));
   const auto wanted = [&](int list, size_t stream) -> Tensor* {
     if (lists[list]->empty()) return nullptr;
