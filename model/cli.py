@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -28,6 +29,29 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
     return value
+
+
+def seed_number(text: str) -> int:
+    """An argument that chance is made from; all generators in use take these."""
+    if not (text.isdecimal() and int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**31 - 1, got {text!r}")
+    return int(text)
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device that `--device` names; by default the GPU if there is one. Raises ValueError."""
+    known = torch.cuda.device_count()
+    if name is None:
+        return torch.device("cuda" if known else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= known:
+        raise ValueError(f"--device: expected one that is here, got {name!r} with {known} GPUs")
+    return device
 
 
 def run(prog: str, main: Callable[[Sequence[str] | None], None]) -> NoReturn:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model import chained
 from model.checkpoint import read_json, write_json
-from model.cli import Parser, positive, progress_bar, run
+from model.cli import Parser, device_of, positive, progress_bar, run, seed_number
 from model.judge import frozen
 from model.modes import Job, paste
 from model.modes import run as make
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=positive, default=Sampling.steps, help="Euler steps")
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
     parser.add_argument("--shift", type=float, default=Sampling.shift)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=seed_number, default=1)
     parser.add_argument("--sheets", type=Path, help="folder for pictures of generated clips")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -142,9 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         raise ValueError(f"--only: expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
     chosen = [name for name in NAMES if not args.only or name in args.only]
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     frozen.check()
-    stack = load_stack(args.checkpoint, device)
+    stack = load_stack(args.checkpoint, device_of(args.device))
     sampling = Sampling(args.steps, args.guidance, args.shift)
     about = {
         "schema": 2,

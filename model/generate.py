@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from model import modes
-from model.cli import Parser, positive, progress_bar, run
+from model.cli import Parser, device_of, positive, progress_bar, run, seed_number
 from model.expand import ASPECTS, expand
+from model.files import cannot_write
 from model.modes import Job
-from model.provenance import sign
+from model.provenance import ProvenanceError, sign
 from model.sample import Sampling
 from model.stack import CHECKPOINT, Size, Stack, load_stack
 from model.video import (
@@ -259,7 +260,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--size", type=parse_size, help="WIDTHxHEIGHT (32x32, or the input's)")
     parser.add_argument("--frames", type=positive, help="to make (9; loop: 16); 1 is an image")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--steps", type=positive, default=Sampling.steps, help="Euler steps")
     parser.add_argument("--guidance", type=float, default=Sampling.guidance, help="1 = none")
     mode = parser.add_mutually_exclusive_group()
@@ -306,6 +307,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError("--image: expected --frames 2 or more to continue it, got 1")
     if args.loop and args.frames is None:
         args.frames = LOOP_FRAMES
+    if args.strength is not None and not 0 < args.strength <= 1:
+        raise ValueError(f"--strength: expected a number in (0, 1], got {args.strength}")
     for name, value in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -345,17 +348,27 @@ def save(
 ) -> None:
     """Writes the clips, each as soon as it is made, with content credentials: whole or not at all.
 
-    A .png shows the first frame.
+    A .png shows the first frame. Raises ValueError naming `path` if the system refuses to write.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        beside = Path(folder) / path.name
-        if path.suffix.lower() == ".png":
-            write_image(beside, next(clips), zoom)
-        else:
-            write_clips(beside, last_first(clips, Path(folder)) if backward else clips, fps, zoom)
-        sign(beside, about)
-        os.replace(beside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            beside = Path(folder) / path.name
+            if path.suffix.lower() == ".png":
+                write_image(beside, next(clips), zoom)
+            else:
+                if backward:
+                    clips = last_first(clips, Path(folder))
+                write_clips(beside, clips, fps, zoom)
+            sign(beside, about)
+            os.replace(beside, path)
+    except ProvenanceError:
+        raise
+    except (OSError, ValueError) as error:
+        refused = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(refused, OSError):
+            raise
+        raise ValueError(f"--out: {cannot_write(path, refused)}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -364,8 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.prompt = expanded(args)
         print(args.prompt)
     wanted = plan(args)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    stack = load_stack(args.checkpoint, device)
+    stack = load_stack(args.checkpoint, device_of(args.device))
     stack.words.encode(args.prompt, stack.dit.config.max_words)
     shown: list[Tensor] = []  # all frames, for the one picture that needs them
 

@@ -19,8 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from model import modes
-from model.checkpoint import write_beside
-from model.cli import Parser, positive, run
+from model.cli import Parser, positive, run, seed_number
+from model.files import write_beside
 from model.modes import Job
 from model.sample import Sampling
 from model.stack import CHECKPOINT, Size, load_stack
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m model.modes_sheet", description="Draw a clip of every mode.")
     parser.add_argument("-o", "--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--steps", type=positive, default=Sampling.steps, help="Euler steps")
     args = parser.parse_args(argv)
     drawn = rows(args.seed)

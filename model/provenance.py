@@ -14,6 +14,7 @@ that a verifier's trust list knows: put its chain and key in the key folder.
 from __future__ import annotations
 
 import datetime
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import write_beside
 from model.cli import Parser, run
+from model.files import CheckpointError, write_beside
 
 GENERATOR = {"name": "sora_kernels", "version": "0.1.0"}
 TRAINED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -147,6 +148,24 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
+class _Target(io.FileIO):
+    """A file to write to that remembers why the system refused: c2pa only tells that it did."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+b")
+        self.refused: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.refused = error
+            raise
+        return len(data)
+
+
 def _library() -> Any:
     try:
         import c2pa
@@ -182,7 +201,10 @@ def sign(path: Path, about: Mapping[str, Any], keys: Path | None = None) -> None
         raise ProvenanceError(f"{path}: no such file")
     keys = default_keys() if keys is None else keys
     if not (keys / KEY).exists() and not (keys / CHAIN).exists():
-        make_keys(keys)
+        try:
+            make_keys(keys)
+        except CheckpointError as error:
+            raise ProvenanceError(f"{path}: cannot be signed: {error}") from error
     manifest = {
         "claim_generator_info": [GENERATOR],
         "format": form,
@@ -201,9 +223,12 @@ def sign(path: Path, about: Mapping[str, Any], keys: Path | None = None) -> None
             c2pa.Signer.from_info(info) as signer,
             c2pa.Builder(manifest) as builder,
             open(path, "rb") as source,
-            open(beside, "w+b") as target,
+            _Target(beside) as target,
         ):
-            builder.sign(signer, form, source, target)
+            try:
+                builder.sign(signer, form, source, target)
+            except c2pa.C2paError as error:
+                raise (target.refused or error) from error
 
     try:
         info = c2pa.C2paSignerInfo(

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from model.cli import Parser, run
+from model.cli import Parser, run, seed_number
 from model.modes import run as make
 from model.modes import text_to_video
 from model.stack import CHECKPOINT, Size, load_stack
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m model.samples", description="Draw clips of several prompts.")
     parser.add_argument("-o", "--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     args = parser.parse_args(argv)
     stack = load_stack(args.checkpoint)
     prompts = [prompt for prompt, _ in PROMPTS]

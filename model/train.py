@@ -29,7 +29,7 @@ from model.checkpoint import (
     write_json,
     write_tensors,
 )
-from model.cli import Parser, positive, progress_bar, run
+from model.cli import Parser, positive, progress_bar, run, seed_number
 from model.config import DITS, MODES, TRAININGS, WORLDS, TrainConfig, to_dict
 from model.data import (
     Batch,
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=positive, help="length of the run (default: the config's)")
     parser.add_argument("--minutes", type=float, help="stop (resumable) after so many minutes")
     parser.add_argument("--clips", type=positive, help="clips in the latent cache")
-    parser.add_argument("--seed", type=int, help="of everything random in the training")
+    parser.add_argument("--seed", type=seed_number, help="of everything random in the training")
     parser.add_argument("--out", type=Path, help="default: runs/CONFIG")
     parser.add_argument("--vae", type=Path, default=CHECKPOINT, help="folder of the VAE checkpoint")
     parser.add_argument("--cache", type=Path, help="latents (default: OUT/latents.safetensors)")

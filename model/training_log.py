@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from model.checkpoint import write_beside
 from model.data import Batch
+from model.files import write_beside
 from model.flow import DECILES, loss_by_decile, mean_of_deciles
 from model.speed import Machine
 

@@ -11,17 +11,23 @@ Time: T = 1 + 4k frames <-> 1 + k latents. Latent 0 is frame 0 alone, latent j i
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.config import VAEConfig, from_dict, to_dict
+from model.files import (
+    CheckpointError,
+    check_finite,
+    read_json,
+    read_tensors,
+    write_beside,
+    write_json,
+)
 from sora_kernels import causal_conv_pad, norm_silu
 
 TIME_STRIDE = 4
@@ -327,9 +333,8 @@ def _to_outside(x: Tensor) -> Tensor:
 
 
 def save_vae(vae: VideoVAE, folder: str | Path, name: str = "vae") -> Path:
-    """Write ``name``.safetensors (fp16) and ``name``.json (config), each beside then renamed."""
+    """Write ``name``.safetensors (fp16) and ``name``.json (config): both or none."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = to_dict(vae.config) | {"scale": float(vae.scale)}
     weights = {
         key: value.detach().to(torch.float16).contiguous()
@@ -337,10 +342,12 @@ def save_vae(vae: VideoVAE, folder: str | Path, name: str = "vae") -> Path:
         if key != "scale"
     }
     path = folder / f"{name}.safetensors"
-    save_file(weights, f"{path}.part")
-    (folder / f"{name}.json.part").write_text(json.dumps(config, indent=1) + "\n")
-    os.replace(f"{path}.part", path)
-    os.replace(folder / f"{name}.json.part", folder / f"{name}.json")
+
+    def write(beside: Path) -> None:  # weights and their scale belong together: both or none
+        save_file(weights, beside)
+        write_json(folder / f"{name}.json", config)
+
+    write_beside(path, write)
     return path
 
 
@@ -351,11 +358,17 @@ def load_vae(folder: str | Path, name: str = "vae", device: str | torch.device =
     for file in (path, described):
         if not file.is_file():
             raise ValueError(f"folder: expected a VAE checkpoint, {file} does not exist")
-    vae = VideoVAE(from_dict(VAEConfig, json.loads(described.read_text())))
+    config = read_json(described)
     try:
-        weights = load_file(str(path))
-        weights["scale"] = vae.scale
+        vae = VideoVAE(from_dict(VAEConfig, config))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint: {described} describes no VAE: {error}") from error
+    weights, _ = read_tensors(path)
+    weights["scale"] = vae.scale
+    try:
         vae.load_state_dict({key: value.float() for key, value in weights.items()})
-    except Exception as error:  # safetensors raises its own type, torch RuntimeError
-        raise ValueError(f"{path}: not a checkpoint of this VAE: {error}") from error
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint: {path} does not fit: {reason}") from error
+    check_finite(vae, path)
     return vae.to(device).eval().requires_grad_(False)

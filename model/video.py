@@ -185,12 +185,14 @@ def contact_sheet(
 def _save_png(path: str | Path, pixels: np.ndarray, scale: int) -> Path:
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if scale < 1:
         raise VideoError(f"scale: expected at least 1, got {scale}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1)).save(part, format="PNG")
         os.replace(part, path)
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be written ({error})") from error
     finally:
         part.unlink(missing_ok=True)
     return path

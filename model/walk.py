@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.checkpoint import write_beside
 from model.cli import Parser, run
 from model.condition import Given, clip_segment
+from model.files import write_beside
 from model.flow import euler_times, interpolate, size_shift
 from model.sample import DEFAULT, Request, euler, guided, start_noise
 from model.stack import CHECKPOINT, Stack, load_stack

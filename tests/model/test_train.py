@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from model import train as training
-from model.checkpoint import CheckpointError, load_dit, read_tensors, write_beside
+from model.checkpoint import CheckpointError, load_dit, read_tensors
 from model.condition import Given, GivenClip
 from model.config import MODES, WORLDS, DiTConfig, TrainConfig
 from model.data import (
@@ -29,6 +29,7 @@ from model.data import (
 )
 from model.dit import DiT
 from model.draw import draw, way_back_is_held_out
+from model.files import write_beside
 from model.text import NO_PROMPT, Vocabulary
 from model.vae import VideoVAE
 from model.world import DIRECTIONS, HELD_OUT, VOCABULARY, Wanted, parse, sample_scene
