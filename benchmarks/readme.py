@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import studies
 from benchmarks.scores import certificate, headline_scores, scores
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "families", "benchmark")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "families", "benchmark", "studies")),
 )
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 OURS = "sora_kernels"
@@ -293,6 +294,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "scores": lambda: judged("evaluate", headline_scores),
     "all_scores": lambda: judged("evaluate", scores),
     "certificate": lambda: judged("certificate", certificate),
+    "study_packing": lambda: judged("study_packing", studies.packing),
+    "study_native": lambda: judged("study_native", studies.native),
+    "study_compute": lambda: judged("study_compute", studies.compute),
+    "study_events": lambda: judged("study_events", studies.events),
 }
 
 
