@@ -61,6 +61,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds")
     parser.add_argument("--only", metavar="NAME", help="an op, a glob over op/mode/case/dtype, A|B")
+    parser.add_argument("--file", metavar="NAME", help="the cases of bench_NAME.py alone")
     parser.add_argument("--json", metavar="F", help="where to write the report")
     parser.add_argument("--skip", action="append", default=[], metavar="PROVIDER")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
@@ -164,7 +165,8 @@ def _run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads or _cores())
     suites = SUITES if options.suite == "all" else (options.suite,)
     try:
-        cases = load(suites, Context(device=device, quick=options.quick), options.only)
+        context = Context(device=device, quick=options.quick)
+        cases = load(suites, context, options.only, options.file)
     except ValueError as error:
         _refuse(str(error))
     results = Results()

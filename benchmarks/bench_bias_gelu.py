@@ -15,6 +15,7 @@ from .registry import DTYPES, Case, Context, Inputs, op_cases
 
 # (tokens, width of the MLP): DiT-S, DiT-XL, Wan 1.3B
 SHAPES = ((4096, 1536), (4096, 4608), (4096, 8960))
+CUDA = ((32768, 4608), (32768, 8960))
 
 
 def plain(x: Tensor, bias: Tensor) -> Tensor:
@@ -30,8 +31,8 @@ def inputs(tokens: int, width: int, dtype: str, device: torch.device) -> Inputs:
 
 
 def cases(context: Context) -> Iterable[Case]:
-    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
-        for tokens, width in context.pick(quick=SHAPES[1:2], full=SHAPES):
+    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16"), cuda=("bf16",)):
+        for tokens, width in context.pick(quick=SHAPES[1:2], full=SHAPES, cuda=CUDA):
             size = DTYPES[dtype].itemsize
             yield from op_cases(
                 "bias_gelu",

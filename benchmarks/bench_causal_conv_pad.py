@@ -16,6 +16,8 @@ from .registry import DTYPES, Case, Context, Inputs, op_cases
 # (channels, frames, height, width, spatial pad): Wan's decoder at 480p, from its last stage (3x3x3
 # convolutions, 4 frames a latent) to its first, and a (2+1)D convolution that pads time alone.
 SHAPES = ((96, 4, 240, 208, 1), (192, 4, 120, 208, 1), (384, 2, 60, 104, 1), (96, 4, 240, 208, 0))
+# The same stages at 720p.
+CUDA = ((96, 4, 720, 640, 1), (192, 4, 360, 640, 1), (384, 2, 180, 320, 1))
 PAST = 2
 
 
@@ -41,8 +43,8 @@ def plain(x: Tensor, cache: Tensor, pad: int) -> tuple[Tensor, Tensor]:
 
 
 def cases(context: Context) -> Iterable[Case]:
-    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
-        for shape in context.pick(quick=SHAPES[:1], full=SHAPES):
+    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16"), cuda=("bf16",)):
+        for shape in context.pick(quick=SHAPES[:1], full=SHAPES, cuda=CUDA):
             channels, frames, height, width, pad = shape
             frame = channels * height * width * DTYPES[dtype].itemsize
             around = channels * (height + 2 * pad) * (width + 2 * pad) * DTYPES[dtype].itemsize

@@ -18,6 +18,8 @@ BEYOND_CACHE = (16384, 1152)  # DiT-XL's width, as many tokens as a short clip o
 # (tokens, width): DiT-S, DiT-XL, Wan 1.3B, FLUX/Hunyuan-like, Wan 14B
 SHAPES = ((4096, 384), (4096, 1152), BEYOND_CACHE, (4096, 1536), (4096, 3072), (4096, 5120))
 SAMPLES = 8
+# A GPU is filled by a video of 480p, 64 MB and more a tensor.
+CUDA = tuple((32768, d, SAMPLES) for d in (1152, 1536, 3072, 5120))
 
 
 def ours(x: Tensor, y: Tensor, gate: Tensor, rows: RowMap) -> Tensor:
@@ -59,8 +61,9 @@ def cases(context: Context) -> Iterable[Case]:
     points += [(*BEYOND_CACHE, 1, False), (*BEYOND_CACHE, BEYOND_CACHE[0], False)]
     points += [(*BEYOND_CACHE, SAMPLES, True)]
     quick = [(*BEYOND_CACHE, SAMPLES, False)]
-    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
-        for tokens, width, rows, sandwich in context.pick(quick=quick, full=points):
+    cuda = [*((*point, False) for point in CUDA), (*CUDA[2], True)]
+    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16"), cuda=("bf16",)):
+        for tokens, width, rows, sandwich in context.pick(quick=quick, full=points, cuda=cuda):
             per_row = DTYPES[dtype].itemsize * width
             yield from op_cases(
                 "gate_residual",

@@ -12,7 +12,7 @@ from torch import Tensor
 from sora_kernels.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from sora_kernels.rows import RowMap
 
-from .bench_gate_residual import BEYOND_CACHE, SAMPLES, SHAPES, per_sample
+from .bench_gate_residual import BEYOND_CACHE, CUDA, SAMPLES, SHAPES, per_sample
 from .registry import DTYPES, Case, Context, Inputs, ahead_of_time, op_cases
 
 
@@ -48,8 +48,10 @@ def inputs(tokens: int, width: int, rows: int, dtype: str, device: torch.device)
 def cases(context: Context) -> Iterable[Case]:
     points = [(n, d, SAMPLES) for n, d in SHAPES]
     points += [(*BEYOND_CACHE, 1), (*BEYOND_CACHE, BEYOND_CACHE[0])]
-    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
-        for tokens, width, rows in context.pick(quick=[(*BEYOND_CACHE, SAMPLES)], full=points):
+    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16"), cuda=("bf16",)):
+        for tokens, width, rows in context.pick(
+            quick=[(*BEYOND_CACHE, SAMPLES)], full=points, cuda=CUDA
+        ):
             per_row = DTYPES[dtype].itemsize * width
             yield from op_cases(
                 "gate_residual_norm_modulate",

@@ -37,8 +37,8 @@ def inputs(shape: tuple[int, ...], dtype: str, device: torch.device) -> Inputs:
 
 
 def cases(context: Context) -> Iterable[Case]:
-    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
-        for shape in context.pick(quick=SHAPES[2:], full=SHAPES):
+    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16"), cuda=("bf16",)):
+        for shape in context.pick(quick=SHAPES[2:], full=SHAPES, cuda=SHAPES[2:]):
             n = torch.Size(shape).numel()
             size = DTYPES[dtype].itemsize
             yield from op_cases(

@@ -18,6 +18,8 @@ BEYOND_CACHE = (16384, 1152)  # DiT-XL's width, as many tokens as a short clip o
 # (tokens, width): DiT-S, DiT-XL, Wan 1.3B, FLUX/Hunyuan-like, Wan 14B
 SHAPES = ((4096, 384), (4096, 1152), BEYOND_CACHE, (4096, 1536), (4096, 3072), (4096, 5120))
 SAMPLES = 8
+# A GPU is filled by a video of 480p, 64 MB and more a tensor; widths as above, and a row per token.
+CUDA = tuple((32768, d, SAMPLES) for d in (1152, 1536, 3072, 5120)) + ((32768, 1536, 32768),)
 
 
 def ours(x: Tensor, shift: Tensor, scale: Tensor, rows: RowMap) -> Tensor:
@@ -48,8 +50,10 @@ def inputs(tokens: int, width: int, rows: int, dtype: str, device: torch.device)
 def cases(context: Context) -> Iterable[Case]:
     points = [(n, d, SAMPLES) for n, d in SHAPES]
     points += [(*BEYOND_CACHE, 1), (*BEYOND_CACHE, BEYOND_CACHE[0])]
-    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
-        for tokens, width, rows in context.pick(quick=[(*BEYOND_CACHE, SAMPLES)], full=points):
+    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16"), cuda=("bf16",)):
+        for tokens, width, rows in context.pick(
+            quick=[(*BEYOND_CACHE, SAMPLES)], full=points, cuda=CUDA
+        ):
             per_row = DTYPES[dtype].itemsize * width
             yield from op_cases(
                 "norm_modulate",

@@ -22,6 +22,13 @@ SHAPES = (
     ("group", "last", 128, 4, 120, 208),
     ("group", "first", 128, 4, 120, 208),
 )
+# The same stages at 720p.
+CUDA = (
+    ("rms", "last", 96, 4, 720, 640),
+    ("rms", "last", 384, 2, 180, 320),
+    ("group", "last", 128, 4, 360, 640),
+    ("group", "first", 128, 4, 360, 640),
+)
 
 
 def inputs(
@@ -47,8 +54,8 @@ def plain(x: Tensor, weight: Tensor, norm: str) -> Tensor:
 
 
 def cases(context: Context) -> Iterable[Case]:
-    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
-        for shape in context.pick(quick=SHAPES[:1], full=SHAPES):
+    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16"), cuda=("bf16",)):
+        for shape in context.pick(quick=SHAPES[:1], full=SHAPES, cuda=CUDA):
             norm, layout, channels, frames, height, width = shape
             count = channels * frames * height * width
             size = count * DTYPES[dtype].itemsize

@@ -55,7 +55,6 @@ CPU = (
 CUDA = (
     Shape("one", (8192,), 24, 128),
     Shape("one", (32768,), 24, 128),
-    Shape("one", (115200,), 24, 128),  # HunyuanVideo, 720p
     Shape("one", (32768,), 12, 64),
     Shape("equal", (8192,) * 8, 24, 128),
     Shape("mixed", mixed(131072, 1024, 32768), 24, 128),

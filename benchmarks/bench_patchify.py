@@ -71,7 +71,7 @@ def cases(context: Context) -> Iterable[Case]:
     elements = CHANNELS * sum(t * h * w for t, h, w in MIX)
     names = tuple(f"video{i}" for i in range(len(MIX)))
     for order in context.pick(quick=("tile",), full=("raster", "tile")):
-        for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
+        for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16"), cuda=("bf16",)):
             size = elements * DTYPES[dtype].itemsize
             moved = {"fwd": 2 * size, "bwd": 2 * size}
             tokens = elements // (CHANNELS * PATCH[0] * PATCH[1] * PATCH[2])

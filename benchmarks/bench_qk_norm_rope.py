@@ -6,7 +6,7 @@ And the joint form: text and video apart, with norms of their own, into one pack
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -43,6 +43,8 @@ SHAPES = (
     Shape("cogvideox", (4, 32, 32), 48, 64, (16, 24, 24), "layer"),
     Shape("cosmos", (4, 32, 32), 16, 128, (44, 42, 42), "rms", "half"),
 )
+# A GPU is filled by more: 32,768 tokens each.
+CUDA = tuple(replace(shape, grid=(8, 64, 64)) for shape in SHAPES)
 
 
 def plain_norm(x: Tensor, weight: Tensor, bias: Tensor | None, norm: str) -> Tensor:
@@ -163,7 +165,7 @@ def plain_joint(  # type: ignore[no-untyped-def]
 
 
 def joint_cases(dtype: str, context: Context) -> Iterable[Case]:
-    grid = (4, 32, 32)
+    grid = (8, 64, 64) if context.device.startswith("cuda") else (4, 32, 32)
     tokens = grid[0] * grid[1] * grid[2] + TEXT
     elements = 3 * tokens * HEADS * WIDTH
     size = DTYPES[dtype].itemsize * elements
@@ -183,10 +185,10 @@ def joint_cases(dtype: str, context: Context) -> Iterable[Case]:
 
 
 def cases(context: Context) -> Iterable[Case]:
-    for dtype in context.pick(quick=(), full=("fp32", "bf16")):
+    for dtype in context.pick(quick=(), full=("fp32", "bf16"), cuda=("bf16",)):
         yield from joint_cases(dtype, context)
-    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16")):
-        for shape in context.pick(quick=(BEYOND_CACHE,), full=SHAPES):
+    for dtype in context.pick(quick=("fp32",), full=("fp32", "bf16"), cuda=("bf16",)):
+        for shape in context.pick(quick=(BEYOND_CACHE,), full=SHAPES, cuda=CUDA):
             ours, plain, real = providers(shape)
             elements = 2 * shape.tokens * shape.heads * shape.width  # q and k
             size = DTYPES[dtype].itemsize * elements

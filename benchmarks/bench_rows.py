@@ -69,7 +69,7 @@ def plain(x: Tensor, shift: Tensor, scale: Tensor, rows: RowMap) -> Tensor:
 
 
 def cases(context: Context) -> Iterable[Case]:
-    for dtype in context.pick(quick=(), full=("fp32", "bf16")):
+    for dtype in context.pick(quick=(), full=("fp32", "bf16"), cuda=("bf16",)):
         for name, count in ROWS.items():
             per_row = DTYPES[dtype].itemsize * WIDTH
             yield from op_cases(

@@ -1,7 +1,8 @@
 """One DiT block: ours on packed tokens, against the idiomatic plain block and its torch.compile.
 
-4096 tokens of hidden size 384 (DiT-S), as clips of one size, so that the plain block is spared all
-padding and gathering and runs on a dense ``[B, L, D]``. What differs is the fusion alone.
+On a CPU 4096 tokens of hidden size 384 (DiT-S); on a GPU 32k tokens of Wan 1.3B's widths. Clips of
+one size, so that the plain block is spared all padding and gathering and runs on a dense
+``[B, L, D]``. What differs is the fusion alone.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ from sora_kernels.packing import PackedLayout, Rope
 from .plain_dit import dense_block, turns_of
 from .registry import DTYPES, Case, Context, Inputs, Provider, Run
 
-WIDTH, HEADS = 384, 6
-CONFIG = DiTConfig(width=WIDTH, depth=1, heads=HEADS, patch=(1, 1, 1))
+CONFIG = DiTConfig(width=384, depth=1, heads=6, patch=(1, 1, 1))
+# A hidden layer of 8960.
+WAN = DiTConfig(
+    width=1536, depth=1, heads=12, patch=(1, 1, 1), rope_axes=(44, 42, 42), mlp_ratio=5.8334
+)
 # (clips, grid of tokens): 256 x 256 images of DiT-S/2, short clips, one long clip.
 SHAPES = ((16, (1, 16, 16)), (4, (4, 16, 16)), (1, (4, 32, 32)))
+# Clips of 8192 tokens, and one of 81 frames at 480p.
+CUDA = ((4, (8, 32, 32)), (1, (21, 30, 52)))
 
 
 def ours(
@@ -47,18 +53,20 @@ def ours(
     return found
 
 
-def inputs(clips: int, grid: tuple[int, int, int], dtype: str, device: torch.device) -> Inputs:
-    block = Block(CONFIG)
+def inputs(
+    config: DiTConfig, clips: int, grid: tuple[int, int, int], dtype: str, device: torch.device
+) -> Inputs:
+    block = Block(config)
     for p in block.parameters():  # adaLN-Zero starts at zero: timing would see an idle gate
         torch.nn.init.normal_(p, std=0.02 if p.dim() > 1 else 0.1)
     block.to(device, DTYPES[dtype])
-    layout = PackedLayout.from_grids([grid] * clips, patch=CONFIG.patch, device=device)
-    rope = layout.rope(CONFIG.rope_axes)
+    layout = PackedLayout.from_grids([grid] * clips, patch=config.patch, device=device)
+    rope = layout.rope(config.rope_axes)
     cos, sin = rope.slice(0, layout.num_tokens // clips).dense()
     return {
         "block": block,
-        "x": torch.randn(layout.num_tokens, WIDTH, device=device).to(DTYPES[dtype]),
-        "c": torch.randn(clips, WIDTH, device=device).to(DTYPES[dtype]),
+        "x": torch.randn(layout.num_tokens, config.width, device=device).to(DTYPES[dtype]),
+        "c": torch.randn(clips, config.width, device=device).to(DTYPES[dtype]),
         "layout": layout,
         "rope": rope,
         "turns": turns_of(cos, sin, compile=False)[None],
@@ -73,7 +81,7 @@ def run_ours(given: Inputs, x: Tensor, c: Tensor, recompute: bool = False) -> Te
 def run_plain(
     function: Callable[..., Tensor], turns: str, given: Inputs, x: Tensor, c: Tensor
 ) -> Tensor:
-    dense = x.view(len(c), -1, WIDTH)
+    dense = x.view(len(c), -1, x.shape[-1])
     return function(given["block"], dense, c[:, None], 0, given[turns], None).view_as(x)
 
 
@@ -105,19 +113,25 @@ def compiled(mode: str) -> Provider:
     return build
 
 
-def block_flops(lengths: Iterable[int], width: int) -> int:
-    """Forward: the five products of a block (24 N D^2) and attention's two (4 L^2 D a segment)."""
-    return sum(24 * n * width**2 + 4 * n * n * width for n in lengths)
+def block_flops(lengths: Iterable[int], width: int, hidden: int | None = None) -> int:
+    """Forward: the five products of a block (24 N D^2 with a hidden layer of 4 D, the default) and
+    attention's two (4 L^2 D a segment)."""
+    hidden = 4 * width if hidden is None else hidden
+    return sum(8 * n * width**2 + 4 * n * width * hidden + 4 * n * n * width for n in lengths)
 
 
 def cases(context: Context) -> Iterable[Case]:
-    dtypes = ("bf16",) if context.device == "cuda" else ("fp32", "bf16")
-    for clips, grid in context.pick(quick=SHAPES[:1], full=SHAPES):
+    on_cuda = context.device == "cuda"
+    dtypes = ("bf16",) if on_cuda else ("fp32", "bf16")
+    config = WAN if on_cuda else CONFIG
+    width, hidden = config.width, int(config.width * config.mlp_ratio)
+    shapes = CUDA if on_cuda else SHAPES
+    for clips, grid in context.pick(quick=shapes[:1], full=shapes):
         length = grid[0] * grid[1] * grid[2]
         for dtype in dtypes:
             size = DTYPES[dtype].itemsize
-            weights = (18 * WIDTH**2) * size
-            flops = block_flops([length] * clips, WIDTH)
+            weights = (10 * width**2 + 2 * width * hidden) * size
+            flops = block_flops([length] * clips, width, hidden)
             for mode, factor in (("fwd", 1), ("fwd+bwd", 3)):
                 extra = {}
                 if mode == "fwd+bwd":  # half the memory
@@ -126,11 +140,11 @@ def cases(context: Context) -> Iterable[Case]:
                     suite="block",
                     op="dit_block",
                     mode=mode,
-                    case=f"{clips}x{length} tokens, D={WIDTH}",
+                    case=f"{clips}x{length} tokens, D={width}",
                     dtype=dtype,
-                    bytes=factor * (2 * clips * length * WIDTH * size + weights),
+                    bytes=factor * (2 * clips * length * width * size + weights),
                     flops=factor * flops,
-                    inputs=partial(inputs, clips, grid, dtype),
+                    inputs=partial(inputs, config, clips, grid, dtype),
                     providers={
                         "sora_kernels": provider(run_ours, mode),
                         **extra,

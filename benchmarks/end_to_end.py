@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from time import perf_counter
@@ -23,7 +24,7 @@ from model.flow import euler_step, euler_times, size_shift
 from model.sample import Request, Sampling, sample, start_noise
 from sora_kernels.packing import PackedLayout
 
-from .block import block_flops
+from .block import WAN, block_flops
 from .plain_dit import Clip, PlainDiT, parameters_of, waste
 from .registry import DTYPES, Case, Context, Inputs, Provider, Run
 
@@ -32,20 +33,24 @@ CONFIG = DiTConfig(width=384, depth=4, heads=6, vocabulary=64)
 WORDS = 8
 # Latents (T, H, W) and how many of each: images, short clips, longer and larger ones. 62% padding.
 MIX = {(1, 16, 16): 4, (3, 16, 16): 4, (5, 16, 16): 2, (5, 16, 32): 2}
+# On a GPU: four blocks of Wan 1.3B's widths; images and clips of 512 x 512, one clip of 480p.
+CUDA = replace(WAN, depth=4, patch=(1, 2, 2), vocabulary=64)
+CUDA_MIX = {(1, 64, 64): 4, (5, 64, 64): 2, (9, 60, 104): 2}
 
 Way = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
 
 
 def inputs(
-    latents: Sequence[tuple[int, int, int]], steps: int, dtype: str, device: torch.device
-) -> Inputs:
+    config: DiTConfig, latents: Sequence[tuple[int, int, int]], steps: int, dtype: str,
+    device: torch.device,
+) -> Inputs:  # fmt: skip
     """A model with weights of ``dtype``; the latents and the state of the sampler are fp32."""
     generator = torch.Generator().manual_seed(0)
-    model = DiT(CONFIG)
+    model = DiT(config)
     for p in model.parameters():  # adaLN-Zero starts as the identity, which no trained model is
         torch.nn.init.normal_(p, std=0.02 if p.dim() > 1 else 0.1, generator=generator)
-    words = torch.randint(1, CONFIG.vocabulary, (len(latents), WORDS), generator=generator)
-    starts = [start_noise(CONFIG.channels, latent, i) for i, latent in enumerate(latents)]
+    words = torch.randint(1, config.vocabulary, (len(latents), WORDS), generator=generator)
+    starts = [start_noise(config.channels, latent, i) for i, latent in enumerate(latents)]
     return {
         "model": model.to(device, DTYPES[dtype]),
         "words": words.to(device),
@@ -67,7 +72,7 @@ def schedule(given: Inputs) -> Tensor:
     columns = []
     for t, h, w in given["latents"]:
         tokens = t * h * w // 4
-        shift = size_shift(tokens, CONFIG.base_tokens, Sampling().shift)
+        shift = size_shift(tokens, given["model"].config.base_tokens, Sampling().shift)
         columns.append(euler_times(given["steps"], shift))
     return torch.stack(columns, dim=1)
 
@@ -87,8 +92,8 @@ def sampling_plain(way: Way, given: Inputs) -> Run:
 
     def run() -> list[Tensor]:
         x = [
-            start_noise(CONFIG.channels, latent, i).to(given["times"].device)
-            for i, latent in enumerate(given["latents"])
+            start_noise(x.shape[0], latent, i).to(given["times"].device)
+            for i, (x, latent) in enumerate(zip(given["x"], given["latents"], strict=True))
         ]
         with torch.no_grad():
             for now, then in zip(times[:-1], times[1:], strict=True):
@@ -124,12 +129,12 @@ def training(model: DiT, velocity: Way, given: Inputs) -> Run:
 
 def training_ours(given: Inputs) -> Run:
     model = copy.deepcopy(given["model"])
-    words = given["words"].flatten()
+    words, patch = given["words"].flatten(), model.config.patch
 
     def velocity(x: Sequence[Tensor], times: Tensor) -> list[Tensor]:
         # A new batch has new sizes: the layout is part of the step.
-        segments = [clip_segment(WORDS, latent, CONFIG.patch) for latent in given["latents"]]
-        layout = PackedLayout(segments, patch=CONFIG.patch, device=times.device)
+        segments = [clip_segment(WORDS, latent, patch) for latent in given["latents"]]
+        layout = PackedLayout(segments, patch=patch, device=times.device)
         return model(x, layout, words, times)
 
     return training(model, velocity, given)
@@ -169,13 +174,17 @@ def compile_provider(ways: Sequence[str], mode: str) -> Provider:
 
 
 def cases(context: Context) -> Iterable[Case]:
+    on_cuda = context.device == "cuda"
+    config, mix = (CUDA, CUDA_MIX) if on_cuda else (CONFIG, MIX)
     share = 2 if context.quick else 1
-    latents = [latent for latent, count in MIX.items() for _ in range(count // share)]
+    latents = [latent for latent, count in mix.items() for _ in range(count // share)]
     lengths = [WORDS + t * h * w // 4 for t, h, w in latents]
     ways = ("plain_padded", "plain_bucketed", "plain_loop", "plain_packed")
-    weights = sum(p.numel() for p in DiT(CONFIG).parameters())
-    dtypes = ("bf16",) if context.device == "cuda" else ("fp32", "bf16")
-    flops = CONFIG.depth * block_flops(lengths, CONFIG.width)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in DiT(config).parameters())
+    dtypes = ("bf16",) if on_cuda else ("fp32", "bf16")
+    hidden = int(config.width * config.mlp_ratio)
+    flops = config.depth * block_flops(lengths, config.width, hidden)
     # Every Euler step is the same work again: two of them stand for as many as one likes.
     steps = 1 if context.quick else 2
     jobs = (("sampling", "fwd", steps), ("training_step", "fwd+bwd", 3))
@@ -193,9 +202,9 @@ def cases(context: Context) -> Iterable[Case]:
             dtype=dtype,
             bytes=factor * weights * DTYPES[dtype].itemsize,
             flops=factor * flops,
-            inputs=partial(inputs, latents, steps, dtype),
+            inputs=partial(inputs, config, latents, steps, dtype),
             providers=providers,
             plain_variants=ways,
             units={"clips": len(latents)},
-            extra={"padding_waste": padding, "tokens": tokens, "blocks": CONFIG.depth},
+            extra={"padding_waste": padding, "tokens": tokens, "blocks": config.depth},
         )

@@ -211,15 +211,25 @@ def op_cases(
     ]
 
 
-def load(suites: Sequence[str], context: Context, only: str | None = None) -> list[Case]:
+def load(
+    suites: Sequence[str], context: Context, only: str | None = None, file: str | None = None
+) -> list[Case]:
     """All cases of ``suites``, in file order.
 
-    ``only`` keeps an op, a glob over ``Case.name``, or several of these with ``|`` between.
+    ``only`` keeps an op, a glob over ``Case.name``, or several of these with ``|`` between;
+    ``file`` keeps what ``bench_<file>.py`` declares.
     """
     cases: list[Case] = []
-    for suite in suites:
-        for module in modules(suite):
-            cases.extend(importlib.import_module(module).cases(context))
+    found = [module for suite in suites for module in modules(suite)]
+    if file is not None:
+        files = [module.partition("bench_")[2] for module in found]
+        if file not in files:
+            raise ValueError(
+                f"--file: expected one of {', '.join(filter(None, files))}, got {file}"
+            )
+        found = [module for module, name in zip(found, files, strict=True) if name == file]
+    for module in found:
+        cases.extend(importlib.import_module(module).cases(context))
     if only is None:
         return cases
     patterns = only.split("|")

@@ -8,6 +8,7 @@ alone. Prints one line per op and fails if a result is not finite.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -60,22 +61,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
     import torch
 
-    from sora_kernels import explain
+    from sora_kernels import backend, explain, use_backend
 
-    for dtype in ("float32", "bfloat16"):
+    for chosen, dtype in itertools.product((None, "native"), ("float32", "bfloat16")):
         torch.manual_seed(0)
         for name, call in calls(torch.device(options.device), getattr(torch, dtype)).items():
             if options.only and name not in options.only:
                 continue
-            result = call()
+            # The kernels compiled ahead of time, which on a CPU are those of the first turn.
+            if chosen and (options.device == "cpu" or backend.why_not(name, chosen, "cuda")):
+                continue
+            with use_backend(chosen):
+                result = call()
             outputs = list(result) if isinstance(result, (tuple, list)) else [result]
             torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
             if options.device == "cuda":
                 torch.cuda.synchronize()
+            label = " ".join(filter(None, (name, dtype, chosen)))
             if not all(bool(t.isfinite().all()) for t in outputs):
-                print(f"{name} {dtype}: a result is not finite", file=sys.stderr)
+                print(f"{label}: a result is not finite", file=sys.stderr)
                 return 1
-            print(f"{name} {dtype}: {', '.join(str(tuple(t.shape)) for t in outputs)}")
+            print(f"{label}: {', '.join(str(tuple(t.shape)) for t in outputs)}")
     print(explain())
     return 0
 
