@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks import (
+    FasterCacheConfig,
     LayerSkipConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
@@ -55,12 +56,32 @@ def broadcast(step: list[int]) -> Any:
     )  # fmt: skip
 
 
+def faster(step: list[int], **options: Any) -> Any:
+    """Attention of every second step; of a batch with guidance, its half without a prompt too."""
+    return FasterCacheConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 850),
+        unconditional_batch_skip_range=2, unconditional_batch_timestep_skip_range=(-1, 850),
+        attention_weight_callback=lambda _: 0.5, current_timestep_callback=lambda: step[0],
+        **options,
+    )  # fmt: skip
+
+
+def faster_distilled(step: list[int]) -> Any:
+    return faster(step, is_guidance_distilled=True, tensor_format="BCHW")
+
+
+def faster_guided(step: list[int]) -> Any:
+    return faster(step, tensor_format="BFCHW")
+
+
 CACHES: dict[str, tuple[Family, Callable[[list[int]], Any]]] = {
     "taylorseer flux": (FLUX, taylor),
     "magcache hunyuan": (HUNYUAN, mag),
     "magcache wan": (WAN, mag),
     "broadcast cogvideox": (COGVIDEOX, broadcast),
     "broadcast flux": (FLUX, broadcast),
+    "fastercache flux": (FLUX, faster_distilled),
+    "fastercache cogvideox": (COGVIDEOX, faster_guided),
 }
 
 
