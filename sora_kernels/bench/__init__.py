@@ -5,6 +5,8 @@ Used by ``python -m benchmarks`` and usable on its own::
     from sora_kernels.bench import measure, paired_ratio
     samples = measure({"ours": f, "theirs": g}, seconds=2.0)
     print(paired_ratio(samples["theirs"], samples["ours"]))
+
+``python -m sora_kernels.bench.gate`` compares two checkouts of any project.
 """
 
 from .ceilings import Ceilings, measure_ceilings

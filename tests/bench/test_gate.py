@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gate import main, ratios, slower
+import benchmarks.gate
+from sora_kernels.bench.gate import main, ratios, slower
 
 ROOT = Path(__file__).parents[2]
 PYTHON = shlex.quote(sys.executable) + " -I -S"  # starts in no time
@@ -53,9 +54,11 @@ def test_a_wide_interval_does_not_fail() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--base", "nowhere", "--head", "."], "--base: expected a folder"),
-        (["--base", ".", "--head", "."], "another folder"),
-        (["--base", ".", "--head", "tests", "--rounds", "3"], "--rounds: expected at least 6"),
+        (["--base", "nowhere", "--head", "."], "base: expected a folder, got nowhere"),
+        (["--base", ".", "--head", "."], "head: expected another folder than base"),
+        (["--base", ".", "--head", "tests", "--rounds", "3"], "rounds: expected at least 6"),
+        (["--base", ".", "--head", "tests", "--run", ""], "command: expected a program"),
+        (["--base", ".", "--head", "tests", "--fail-over", "-1"], "--fail-over: expected 0 or"),
         (["--base", ".", "--head", "tests", "--run", f"{PYTHON} -c 1"], "as the last line"),
         (["--base", ".", "--head", "tests", "--run", f"{PYTHON} -c 1/0"], "ZeroDivisionError"),
     ],
@@ -65,9 +68,26 @@ def test_bad_input_is_one_line_and_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(ROOT)
-    assert main(arguments) == 2
+    assert benchmarks.gate.main(arguments) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_our_own_ops_are_what_is_timed_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--base", ".", "--head", "tests"])
+    assert "--run" in capsys.readouterr().err
+    ran: list[object] = []
+
+    def interleaved(base: Path, head: Path, command: object, *rest: object) -> list:
+        ran.append(command)
+        return [({"op": 1.0}, {"op": 1.0})] * 6
+
+    monkeypatch.setattr("sora_kernels.bench.gate.interleave", interleaved)
+    assert benchmarks.gate.main(["--base", str(ROOT), "--head", str(tmp_path)]) == 0
+    assert ran == [[sys.executable, "-m", "benchmarks.gate_cases"]]
 
 
 def test_the_ten_lines_of_the_documentation_gate_another_project(tmp_path: Path) -> None:
@@ -87,3 +107,19 @@ def test_the_ten_lines_of_the_documentation_gate_another_project(tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert list(json.loads(done.stdout)) == ["block"]
+
+
+def test_the_documented_step_is_a_command_that_gates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last step of the workflow in docs/ci.md, in two checkouts whose scripts need no torch."""
+    text = (ROOT / "docs" / "ci.md").read_text()
+    step = re.search(r"- run: python -m sora_kernels\.bench\.gate (.*)", text)
+    assert step is not None
+    for name, ms in (("base", 1.0), ("head", 1.2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "bench_block.py").write_text(f"print('{{\"block\": {ms}}}')")
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(step[1].replace('"python ', f'"{PYTHON} '))
+    assert main([*arguments, "--rounds", "6"]) == 1
+    assert "1 of 1 slower by over 5%" in capsys.readouterr().out
