@@ -142,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         raise ValueError(f"--only: expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
     chosen = [name for name in NAMES if not args.only or name in args.only]
-    frozen.check()
     stack = load_stack(args.checkpoint, device_of(args.device))
+    frozen.check()
     sampling = Sampling(args.steps, args.guidance, args.shift)
     about = {
         "schema": 2,

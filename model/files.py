@@ -41,7 +41,7 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
 def cannot_write(path: Path, error: BaseException) -> str:
     """What to say when `error` kept `path` from being written."""
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    reason = "the disk is full" if full else str(error)
+    reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
     kept = "; the file that was there is kept" if path.exists() else ""
     return f"cannot write {path}: {reason}{kept}"
 

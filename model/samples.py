@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from model.cli import Parser, run, seed_number
+from model.files import write_beside
 from model.modes import run as make
 from model.modes import text_to_video
 from model.stack import CHECKPOINT, Size, load_stack
@@ -51,10 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             axis.imshow(frame, interpolation="nearest")
         row[0].set_title(prompt, loc="left", fontsize=9)
     figure.tight_layout(pad=0.4)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    beside = args.out.with_suffix(".part.png")
-    figure.savefig(beside, dpi=90)
-    beside.replace(args.out)
+    write_beside(args.out, lambda beside: figure.savefig(beside, dpi=90, format="png"))
     print(args.out)
 
 

@@ -45,7 +45,7 @@ from model.data import (
 from model.dit import DiT
 from model.optim import Muon
 from model.speed import measure
-from model.text import Vocabulary
+from model.text import Vocabulary, vocabulary_of
 from model.training_log import Log, plot_log, speed_of
 from model.vae import VideoVAE, load_vae, save_vae
 from model.world import VOCABULARY
@@ -238,8 +238,10 @@ def save(trainer: Trainer, log: Log, out: Path, vocabulary: Vocabulary, command:
 def restore(trainer: Trainer, path: Path) -> Log:
     """Puts `trainer` where the state in `path` was saved."""
     tensors, notes = read_tensors(path)
-    ours = to_dict(trainer.config)
-    theirs = notes.get("config", {})
+    missing = sorted({"config", "step", "log", "seconds"} - notes.keys())
+    if missing:
+        raise CheckpointError(f"resume: {path} is no state of a training, {missing} are missing")
+    ours, theirs = to_dict(trainer.config), notes["config"]
     changed = sorted(name for name in ours if ours[name] != theirs.get(name))
     if changed:
         listed = ", ".join(f"{name} {theirs.get(name)} -> {ours[name]}" for name in changed)
@@ -301,7 +303,8 @@ def prepare(config: TrainConfig, vae: VideoVAE, path: Path, quiet: bool) -> Late
     for _, tensor in sorted(vae.encoder.state_dict().items()):
         digest.update(tensor.numpy().tobytes())
     digest.update(vae.scale.numpy().tobytes())
-    vocabulary, world, modes = Vocabulary(VOCABULARY), WORLDS[config.world], MODES[config.modes]
+    vocabulary = vocabulary_of(DITS[config.dit].text, VOCABULARY)
+    world, modes = WORLDS[config.world], MODES[config.modes]
     fingerprint = digest.hexdigest()[:16]
     key = cache_key(world, modes, config.clips, config.seed, vocabulary, fingerprint)
     cache = load_cache(path, key)
@@ -351,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--out: {out} holds a run already; pass --resume or another --out")
     if args.resume and not state.exists():
         raise ValueError(f"--resume: found no {state}")
-    vocabulary = Vocabulary(VOCABULARY)
+    vocabulary = vocabulary_of(DITS[config.dit].text, VOCABULARY)
     vae = load_vae(args.vae)
     cache = prepare(config, vae, args.cache or out / "latents.safetensors", args.quiet)
     save_vae(vae, out)  # the folder is then complete for `model.generate`

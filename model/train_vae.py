@@ -20,7 +20,7 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,11 +30,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.cli import Parser, positive, run, seed_number
 from model.config import VAES, WORLDS, VAEConfig, WorldConfig, from_dict, to_dict
+from model.files import write_beside, write_json
 from model.optim import Muon
 from model.vae import VideoVAE, load_vae, save_vae
 from model.world import render, sample_scene
 
+STATE = "vae_state.pt"
 MAX_SIGNAL = 2.0  # the range of a pixel, for PSNR
 
 
@@ -223,12 +226,11 @@ class Run:
 
 def write_curve(run: Run, folder: Path, command: str) -> None:
     """vae_loss.json and vae_loss.png."""
-    text = json.dumps(
+    write_json(
+        folder / "vae_loss.json",
         {"command": command, "config": asdict(run.config), "seconds": round(run.seconds, 1),
-         "stage1_steps": run.boundary, "curve": run.curve}, indent=0,
+         "stage1_steps": run.boundary, "curve": run.curve},
     )  # fmt: skip
-    (folder / "vae_loss.json.part").write_text(text + "\n")
-    os.replace(folder / "vae_loss.json.part", folder / "vae_loss.json")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -245,8 +247,8 @@ def write_curve(run: Run, folder: Path, command: str) -> None:
     axis.axvline(run.boundary, color="gray", ls=":", label="encoder frozen")
     axis.set(xlabel="step", ylabel="PSNR, dB", title="Video VAE, tiny")
     axis.legend()
-    FigureCanvasAgg(figure).print_png(folder / "vae_loss.png.part")
-    os.replace(folder / "vae_loss.png.part", folder / "vae_loss.png")
+    canvas = FigureCanvasAgg(figure)
+    write_beside(folder / "vae_loss.png", lambda beside: canvas.print_png(beside))
 
 
 @contextmanager
@@ -308,8 +310,8 @@ def train(run: Run, folder: Path, command: str, quiet: bool = False) -> None:
                 if run.curve:
                     run.curve[-1]["psnr"] = round(psnr(run.average, clips), 3)
                     print(json.dumps(run.curve[-1]), flush=True)
-                run.save(folder / "vae_state.pt")
-    run.save(folder / "vae_state.pt")
+                run.save(folder / STATE)
+    run.save(folder / STATE)
     if run.step < run.config.steps:
         raise KeyboardInterrupt
     final = _report("done", run, folder, "vae", clips)
@@ -339,47 +341,73 @@ def steps_for(minutes: float, run: Run, probe: int = 40) -> int:
     return max(100, int(minutes * 60 / (full * (share + 0.62 * (1 - share)))))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m model.train_vae", description=__doc__)
-    parser.add_argument("--config", default="tiny", choices=sorted(VAES))
-    parser.add_argument("--world", default="vae", choices=sorted(WORLDS))
+def new(options: argparse.Namespace) -> Run:
+    """A new run."""
+    state = options.out / STATE
+    if state.exists():
+        raise ValueError(
+            f"--out: {options.out} holds a run already; pass --resume or another --out"
+        )
+    if options.minutes is not None and not 0 < options.minutes < math.inf:
+        raise ValueError(f"--minutes: expected a positive number, got {options.minutes}")
+    model, world = VAES[options.config or "tiny"], WORLDS[options.world or "vae"]
+    config = TrainConfig(seed=options.seed or 0)
+    if options.steps is not None:
+        config = replace(config, steps=options.steps)
+    elif options.minutes is not None:
+        config = replace(config, steps=steps_for(options.minutes, Run(config, model, world)))
+    if config.steps < 2:
+        raise ValueError(f"--steps: expected at least 2, got {config.steps}")
+    return Run(config, model, world)
+
+
+def resumed(options: argparse.Namespace) -> Run:
+    """The run in `options.out`, which goes on as it began."""
+    state = options.out / STATE
+    if not state.is_file():
+        raise ValueError(f"--resume: {state} does not exist")
+    run = Run.load(state)
+    differs = [
+        name
+        for name, given, own in (
+            ("--config", options.config and VAES[options.config], run.vae.config),
+            ("--world", options.world and WORLDS[options.world], run.world),
+            ("--steps", options.steps, run.config.steps),
+            ("--seed", options.seed, run.config.seed),
+            ("--minutes", options.minutes, None),
+        )
+        if given is not None and given != own
+    ]
+    if differs:
+        raise ValueError(f"--resume: expected the run as it began, got other {', '.join(differs)}")
+    return run
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m model.train_vae", description=__doc__)
+    parser.add_argument("--config", choices=sorted(VAES), help="tiny")
+    parser.add_argument("--world", choices=sorted(WORLDS), help="vae")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int)
+    length.add_argument("--steps", type=positive)
     length.add_argument("--minutes", type=float, help="choose the steps that take this long")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, help="0")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--quiet", action="store_true")
-    options = parser.parse_args(arguments)
-    world, state = WORLDS[options.world], options.out / "vae_state.pt"
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = make_parser().parse_args(argv)
+    begun = resumed(options) if options.resume else new(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    words = sys.argv[1:] if argv is None else argv
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        if options.resume:
-            if not state.is_file():
-                raise ValueError(f"--resume: {state} does not exist")
-            run = Run.load(state)
-        else:
-            config = TrainConfig(seed=options.seed)
-            if options.steps is not None:
-                config = replace(config, steps=options.steps)
-            elif options.minutes is not None:
-                probe = Run(config, VAES[options.config], world)
-                config = replace(config, steps=steps_for(options.minutes, probe))
-            if config.steps < 2:
-                raise ValueError(f"--steps: expected at least 2, got {config.steps}")
-            run = Run(config, VAES[options.config], world)
-        command = "python -m model.train_vae " + " ".join(
-            sys.argv[1:] if arguments is None else arguments
-        )
-        train(run, options.out, command, options.quiet)
-    except (ValueError, OSError) as error:
-        print(f"train_vae: {error}", file=sys.stderr)
-        return 2
+        train(begun, options.out, " ".join(["python -m model.train_vae", *words]), options.quiet)
     except KeyboardInterrupt:
-        print(f"train_vae: stopped; continue with --resume --out {options.out}", file=sys.stderr)
-        return 130
-    return 0
+        print(f"stopped; continue with --resume --out {options.out}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run("python -m model.train_vae", main)

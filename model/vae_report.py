@@ -9,19 +9,19 @@ decoded at their own size, frame chunk by frame chunk; nothing like them was tra
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import math
-import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.cli import Parser, positive, run
 from model.config import WORLDS, WorldConfig
+from model.files import write_json
 from model.oracle import judge, read
 from model.train_vae import MAX_SIGNAL, psnr, validation
 from model.vae import VideoVAE, load_vae
@@ -110,32 +110,22 @@ def report(vae: VideoVAE, real: list[Path], count: int, frames: int, pictures: P
     return {"latent_scale": float(vae.scale), "world": world | {"mix_psnr_db": mix}, "real": rows}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m model.vae_report", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="python -m model.vae_report", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=Path("model/checkpoints/tiny"))
     parser.add_argument("--name", default="vae", help="of the files in the checkpoint's folder")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--real", type=Path, nargs="*", help="clips to measure besides the world")
-    parser.add_argument("--frames", type=int, default=33, help="of each real clip, at most")
-    parser.add_argument("--clips", type=int, default=200, help="of the world")
+    parser.add_argument("--frames", type=positive, default=33, help="of each real clip, at most")
+    parser.add_argument("--clips", type=positive, default=200, help="of the world")
     parser.add_argument("--pictures", type=Path, help="folder for pictures of reconstructions")
-    options = parser.parse_args(arguments)
-    try:
-        if options.clips < 1:
-            raise ValueError(f"--clips: expected at least 1, got {options.clips}")
-        vae = load_vae(options.checkpoint, options.name)
-        real = real_clips() if options.real is None else options.real
-        found = report(vae, real, options.clips, options.frames, options.pictures)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        part = options.json.with_name(f"{options.json.name}.part")
-        part.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(part, options.json)
-    except (ValueError, OSError) as error:
-        print(f"vae_report: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
+    vae = load_vae(options.checkpoint, options.name)
+    real = real_clips() if options.real is None else options.real
+    found = report(vae, real, options.clips, options.frames, options.pictures)
+    write_json(options.json, found)
     print(json.dumps(found, indent=1))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run("python -m model.vae_report", main)
