@@ -175,7 +175,7 @@ def _run(options: argparse.Namespace) -> int:
     load_before = round(os.getloadavg()[0], 2)  # of others: this run has done nothing yet
 
     def report() -> dict[str, Any]:
-        found = {"skipped": results.skipped, "errors": results.errors}
+        found: dict[str, Any] = {"skipped": results.skipped, "errors": results.errors}
         found |= {"backends": explain().splitlines(), "load_before": load_before}
         head = {"schema": SCHEMA, "env": env | found, "ceilings": ceilings.as_dict()}
         return {**head, "rows": results.rows}

@@ -131,18 +131,19 @@ def parts(out: Path, quick: bool, wheels: Path | None = None, gpu: bool = True) 
     checks = tuple((*check, "--file", name) for name in _ops() if name not in ATTENTION)
     files = sorted(f"tests/gpu/{path.name}" for path in (ROOT / "tests/gpu").glob("test_gpu_*.py"))
     attention = [name for name in files if name != "tests/gpu/test_gpu_ops.py"]
-    tests = {
-        "test-ops": (1.5, "tests/gpu/test_gpu_ops.py", "-k", "not graph"),
-        "test-attention": (3.5, *attention),
-        "test-graph": (2.0, "tests/gpu/test_gpu_ops.py", "-k", "graph"),
-    }
+
+    def test(name: str, minutes: float, *what: str) -> Part:
+        return Part(name, (_pytest(out, name, *what),), minutes)
+
     tuner = (PYTHON, "-m", "benchmarks.tune", "--out", str(out / "tables"))
     info = f"{PYTHON} -m sora_kernels.info --json > '{out / 'info.json'}'"
     listed = [
         Part("build", (BUILD, ("sh", "-c", info)), 1.5, always=True),
         Part("smallest", (smallest,), 1.0 if gpu else 0.3, gpu=False),
         Part("ceilings", ((PYTHON, "-c", CEILINGS, str(out / "ceilings.json")),), 0.3),
-        *(Part(n, (_pytest(out, n, *a),), minutes) for n, (minutes, *a) in tests.items()),
+        test("test-ops", 1.5, "tests/gpu/test_gpu_ops.py", "-k", "not graph"),
+        test("test-attention", 3.5, *attention),
+        test("test-graph", 2.0, "tests/gpu/test_gpu_ops.py", "-k", "graph"),
         Part("check", checks, 1.5, parallel=True),
         *(of_file(name) for name in _ops() if name not in ATTENTION),
         bench("block", 1.5, "--suite", "block"),

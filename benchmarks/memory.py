@@ -197,8 +197,8 @@ def measure(
         made = inputs(dtype)
         todo: list[tuple[str, Inputs, Call, Call]] = [(op, made, *c) for op, c in CALLS.items()]
         if only is None:
-            whole = block.inputs(4, (4, 16, 16), dtype, torch.device("cpu"))
-            name = f"DiT block, D={block.WIDTH}"
+            whole = block.inputs(block.CONFIG, 4, (4, 16, 16), dtype, torch.device("cpu"))
+            name = f"DiT block, D={block.CONFIG.width}"
             todo.append((name, whole, partial(block_ours, recompute=False), block_plain))
             todo.append((f"{name}, recompute", whole, block_ours, block_plain))
         blocks = dropin_blocks(dtype) if dropins and only is None else ()
