@@ -22,11 +22,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,10 +37,9 @@ from sora_kernels import accelerate, restore, use_backend
 from sora_kernels.families import is_accelerated
 from sora_kernels.families._data import BY_PATH
 from sora_kernels.families._patch import class_path, upstream_class
+from tests.families.documented import documented_counts
 from tests.families.watching import AttentionInputs, BackwardResults, Counting, branch_values
 from tests.helpers import randn, ulp
-
-DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 
 Inputs = Callable[[torch.dtype], Any]
 
@@ -131,36 +128,6 @@ def two_x(got: Tensor, exact: Tensor, lowp: Tensor, factor: float, floor: float,
     error = (got.double() - exact.double()).abs().max().item()
     allowed = factor * (lowp.double() - exact.double()).abs().max().item() + floor
     assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
-
-
-def documented() -> dict[str, dict[str, str]]:
-    """The rows of the table in ``docs/families.md``, by family."""
-    lines = [line for line in DOCS.read_text().splitlines() if line.startswith("|")]
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
-    head = cells[0]
-    return {row[0]: dict(zip(head, row, strict=True)) for row in cells[2:] if len(row) == len(head)}
-
-
-def documented_counts(family: str) -> Counter[str]:
-    """Fused sites of one block: op -> how many."""
-    found = re.findall(r"(\d+) `(\w+)`", documented()[family]["fused per block"])
-    return Counter({op: int(number) for number, op in found})
-
-
-def documented_points(family: str) -> set[str]:
-    """The points at which upstream rounds, of all sites; ``as X`` is that of another row."""
-    rows = documented()
-
-    def parts(name: str) -> list[set[str]]:
-        modulation, _, qk = rows[name]["law"].partition("; q and k")
-        found = [set(re.findall(r"`(\w+)`", text)) for text in (modulation, qk)]
-        same = [r for r in rows if modulation.startswith(f"as {r}")]
-        if same:
-            other = parts(max(same, key=len))
-            found = [found[0] | other[0], found[1] if qk else other[1]]
-        return found
-
-    return set.union(*parts(family))
 
 
 class FamilyTests:

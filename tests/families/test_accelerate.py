@@ -30,11 +30,9 @@ from tests.families.common import (
     FamilyTests,
     blocks,
     close,
-    documented,
-    documented_counts,
-    documented_points,
     run,
 )
+from tests.families.documented import documented, documented_counts, documented_points
 from tests.helpers import randn
 
 

@@ -15,7 +15,7 @@ from benchmarks.dropin_blocks import FAMILIES
 from benchmarks.registry import Context
 from benchmarks.runner import Disagreement
 from sora_kernels import accelerate
-from tests.families.common import documented
+from tests.families.documented import documented
 
 NAMES = {"Wan", "HunyuanVideo", "CogVideoX", "LTX-Video", "Mochi", "Latte", "Allegro", "Cosmos",
          "Flux", "SD3", "PixArt", "DiT"}  # fmt: skip

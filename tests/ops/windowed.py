@@ -9,7 +9,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sora_kernels import backend, packed_attention
 from sora_kernels.packing import Grid, PackedLayout, Part, Text, Window
+
+VIDEO = [Text(5), Grid(3, 5, 7, tile=(1, 2, 2))]
+GIVEN = [Text(2), Grid(1, 2, 3, given=True), Grid(4, 4, 4, tile=(2, 2, 1)), Text(0), Text(3)]
+IMAGE = [Grid(1, 9, 8, tile=(1, 3, 4))]
 
 
 def tiles_in_window(i: int, count: int, size: int | None, clamp: bool, causal: bool) -> set[int]:
@@ -127,3 +132,13 @@ def windows(draw: Any) -> Window:
 def layouts() -> st.SearchStrategy[PackedLayout]:
     packs = st.lists(segments(), min_size=1, max_size=3)
     return packs.map(lambda pack: PackedLayout(pack, order="tile"))
+
+
+def attention(layout: PackedLayout, window: Any, chosen: str) -> Any:
+    """q, k, v -> out, lse by a chosen implementation."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        with backend.use_backend(chosen):
+            return packed_attention(q, k, v, layout, window=window, return_lse=True)
+
+    return call
