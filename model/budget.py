@@ -16,6 +16,7 @@ from model.config import DiTConfig
 from sora_kernels.packing import Part, Text
 
 TIME_FEATURES = 256  # of model.dit, and of the paper
+TEXT_STATES = 385  # of model.dit
 
 Budget = dict[str, int]
 
@@ -26,7 +27,7 @@ def parameters(config: DiTConfig) -> Budget:
     features = config.channels * math.prod(config.patch)
     return {
         "patch embedding": features * d + d,
-        "words": (config.vocabulary + config.max_words) * d,
+        "words": (_text_rows(config) + config.max_words) * d,
         "kinds of parts": KINDS * d,
         "time embedding": TIME_FEATURES * d + d + d * d + d,
         "attention": config.depth * (4 * d * d + 4 * d),
@@ -35,6 +36,11 @@ def parameters(config: DiTConfig) -> Budget:
         "adaLN": config.depth * 6 * (d * d + d),
         "final layer": 2 * (d * d + d) + d * features + features,
     }
+
+
+def _text_rows(config: DiTConfig) -> int:
+    """Of the table of words, or of the projection of an encoder's states with its bias."""
+    return config.vocabulary if config.text == "words" else TEXT_STATES + 1
 
 
 def macs(config: DiTConfig, segments: Sequence[Sequence[Part]]) -> Budget:
@@ -51,6 +57,7 @@ def macs(config: DiTConfig, segments: Sequence[Sequence[Part]]) -> Budget:
     grid = tokens - words
     return {
         "patch embedding": grid * features * d,
+        "words": 0 if config.text == "words" else words * TEXT_STATES * d,
         "time embedding": rows * (TIME_FEATURES * d + d * d),
         "attention": config.depth * (tokens * 4 * d * d + 2 * d * sum(n * n for n in lengths)),
         "mlp": config.depth * tokens * 2 * d * hidden,

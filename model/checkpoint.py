@@ -18,7 +18,7 @@ from model.files import (
     write_json,
     write_tensors,
 )
-from model.text import Vocabulary
+from model.text import Vocabulary, vocabulary_of
 
 CONFIG = "config.json"
 DIT = "dit.safetensors"
@@ -41,10 +41,8 @@ def save_dit(
     """Writes the weights of a model for use (not for training on) and its part of config.json."""
     weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     write_tensors(folder / DIT, weights, {})
-    update_config(
-        folder,
-        {"dit": to_dict(model.config), "vocabulary": list(vocabulary.words), "training": notes},
-    )
+    words = list(vocabulary.words) if model.config.text == "words" else []  # others bring theirs
+    update_config(folder, {"dit": to_dict(model.config), "vocabulary": words, "training": notes})
 
 
 def load_dit(folder: Path, device: torch.device | str = "cpu") -> tuple[DiT, Vocabulary]:
@@ -55,7 +53,7 @@ def load_dit(folder: Path, device: torch.device | str = "cpu") -> tuple[DiT, Voc
     config = read_json(folder / CONFIG)
     try:
         model = DiT(from_dict(DiTConfig, config["dit"]))
-        vocabulary = Vocabulary(config["vocabulary"])
+        vocabulary = vocabulary_of(model.config.text, config["vocabulary"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint: {folder / CONFIG} describes no DiT: {error}") from error
     weights, _ = read_tensors(folder / DIT)

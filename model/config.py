@@ -138,6 +138,9 @@ WORLDS: dict[str, WorldConfig] = {
 VAES: dict[str, VAEConfig] = {"tiny": VAEConfig()}
 
 
+TEXTS = ("words", "minilm")
+
+
 @dataclass(frozen=True)
 class DiTConfig:
     """Diffusion Transformer on latents: see ``model.dit.DiT``.
@@ -145,6 +148,8 @@ class DiTConfig:
     patch: latent (t, h, w) folded into one token.
     rope_axes: channels of a head that carry (time, height, width); even, their sum is head_dim.
     rope_theta: base of the rotary frequencies; small grids want a small one.
+    text: how words become tokens, one of TEXTS: "words" has a learned vector for each word of a
+        closed vocabulary, "minilm" projects the states of a frozen encoder (``model.minilm``).
     vocabulary: word numbers, "no prompt" included.
     base_tokens: grid tokens of the clip at which the time shift is 1 (see ``model.flow``).
     window: (t, h, w) tiles that a patch sees, odd or None for a whole axis; None = its whole clip.
@@ -165,8 +170,11 @@ class DiTConfig:
     base_tokens: int = 256
     window: tuple[int | None, int | None, int | None] | None = None
     tile: tuple[int, int, int] | None = None
+    text: str = "words"
 
     def __post_init__(self) -> None:
+        if self.text not in TEXTS:
+            raise ValueError(f"text: expected one of {', '.join(TEXTS)}, got {self.text!r}")
         for name in ("width", "depth", "heads", "channels", "vocabulary", "max_words"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -206,6 +214,8 @@ DITS: dict[str, DiTConfig] = {
 }
 # Tiles of 2x2 patches, and each patch sees 3x3 of them in its own and in the neighbouring frames.
 DITS["tiny-window"] = dataclasses.replace(DITS["tiny"], window=(3, 3, 3), tile=(1, 2, 2))
+# Reads any English prompt; a caption of the world has up to 62 word pieces.
+DITS["tiny-minilm"] = dataclasses.replace(DITS["tiny"], text="minilm", max_words=64)
 
 
 # What is given with a training clip of more than one frame, see ``model.draw``: nothing, its first
@@ -301,3 +311,4 @@ TRAININGS["tiny-loops"] = dataclasses.replace(
     seed=5,
 )
 TRAININGS["tiny-window"] = dataclasses.replace(TRAININGS["tiny"], dit="tiny-window")
+TRAININGS["tiny-minilm"] = dataclasses.replace(TRAININGS["tiny"], dit="tiny-minilm")

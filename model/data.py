@@ -18,7 +18,7 @@ from model.condition import Given, clip_segment
 from model.config import DiTConfig, TrainConfig, Weights, WorldConfig, to_dict
 from model.draw import draw
 from model.flow import interpolate, logit_normal, shift_time, size_shift
-from model.text import NO_PROMPT, Vocabulary
+from model.text import NO_PROMPT, Vocabulary, text_inputs
 from sora_kernels.packing import PackedLayout
 from sora_kernels.planner import Cost, plan
 
@@ -235,7 +235,7 @@ def make_batch(
         detailed, silent = rng.random() < train.detailed, rng.random() < train.no_prompt
         given = some_of(cache.given(index), train.drop, rng)
         caption = [NO_PROMPT] if silent else cache.caption(index, bool(detailed))
-        words += caption
+        words.append(caption)
         latents.append(latent)
         givens.append(given)
         loop = bool(cache.loops[index])
@@ -254,7 +254,7 @@ def make_batch(
         wanted += [*(None for _ in (*given, *copies)), noise - x0]
         owners += [number] * (len(given) + len(copies) + 1)
     layout = PackedLayout(segments, **dit.layout)
-    return Batch(layout, torch.tensor(words), times, inputs, wanted, owners)
+    return Batch(layout, text_inputs(dit.text, words), times, inputs, wanted, owners)
 
 
 class PackSource(Protocol):

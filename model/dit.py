@@ -31,6 +31,7 @@ from sora_kernels import (
 from sora_kernels.packing import PackedLayout, Rope, Text
 
 TIME_FEATURES = 256
+TEXT_STATES = 384 + 1  # numbers of a token by the text encoder "minilm", see model.text.text_inputs
 
 
 def time_features(t: Tensor, count: int = TIME_FEATURES) -> Tensor:
@@ -110,7 +111,11 @@ class DiT(nn.Module):
         self.recompute = recompute
         width, features = config.width, config.channels * math.prod(config.patch)
         self.patch_in = nn.Linear(features, width)
-        self.words = nn.Embedding(config.vocabulary, width)
+        self.words = (
+            nn.Embedding(config.vocabulary, width)
+            if config.text == "words"
+            else nn.Linear(TEXT_STATES, width)
+        )
         self.word_positions = nn.Embedding(config.max_words, width)
         self.kinds = nn.Embedding(KINDS, width)
         self.time_in = nn.Linear(TIME_FEATURES, width)
@@ -133,7 +138,8 @@ class DiT(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         for table in (self.words, self.word_positions):
-            nn.init.normal_(table.weight, std=0.5)
+            if isinstance(table, nn.Embedding):
+                nn.init.normal_(table.weight, std=0.5)
         for time in (self.time_in, self.time_out):
             nn.init.normal_(time.weight, std=0.02)
         for linear in [*(block.rows for block in self.layers()), self.final_rows, self.head]:
@@ -157,13 +163,17 @@ class DiT(nn.Module):
         lengths = [
             part.length for segment in layout.segments for part in segment if isinstance(part, Text)
         ]
-        if words.shape != (sum(lengths),):
-            raise ValueError(f"words: expected [{sum(lengths)}] numbers, got {list(words.shape)}")
+        shape = [sum(lengths)] + [TEXT_STATES] * (self.config.text != "words")
+        if list(words.shape) != shape:
+            raise ValueError(f"words: expected {shape} numbers, got {list(words.shape)}")
         if max(lengths, default=0) > self.config.max_words:
             raise ValueError(
                 f"words: expected at most {self.config.max_words} a prompt, got {max(lengths)}"
             )
-        place = torch.cat([torch.arange(n) for n in lengths]).to(words.device) if lengths else words
+        none = torch.zeros(0, dtype=torch.int64, device=words.device)
+        place = torch.cat([torch.arange(n) for n in lengths]).to(words.device) if lengths else none
+        if words.is_floating_point():
+            words = words.to(self.patch_in.weight.dtype)
         text = self.words(words) + self.word_positions(place)
         x = torch.zeros(layout.num_tokens, self.config.width, dtype=grid.dtype, device=grid.device)
         return x.index_copy(0, layout.grid_tokens, grid).index_copy(0, layout.text_tokens, text)
@@ -181,7 +191,8 @@ class DiT(nn.Module):
             latents: one [C, T, H, W] per grid part, in packed order; given parts clean, targets at
                 their time.
             layout: the parts of every segment, made with ``config.layout``.
-            words: int64, the numbers of all text tokens in packed order.
+            words: int64 [n], the numbers of all text tokens in packed order, or with the text
+                encoder "minilm" their states [n, 385] (`model.text.text_inputs`).
             times: fp32 [segments], the time of each segment's targets, or `Rows` for any other
                 assignment (a row per frame, per token, ...).
 

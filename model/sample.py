@@ -18,7 +18,7 @@ from torch import Tensor
 from model.condition import Given, clip_segment
 from model.dit import DiT
 from model.flow import euler_step, euler_times, interpolate, size_shift
-from model.text import NO_PROMPT
+from model.text import NO_PROMPT, text_inputs
 from sora_kernels.packing import PackedLayout
 
 Velocity = Callable[[list[Tensor], Tensor], list[Tensor]]
@@ -111,15 +111,14 @@ def guided(model: DiT, requests: Sequence[Request], guidance: float) -> Velocity
     if twice:
         prompts += [(r, r.unprompted) for r in requests]
     segments = [clip_segment(len(w), r.latent, patch, r.given, r.loop) for r, w in prompts]
-    words = [number for _, prompt in prompts for number in prompt]
     layout = PackedLayout(segments, **model.config.layout, device=device)
-    numbers = torch.tensor(words, device=device)
+    words = text_inputs(model.config.text, [w for _, w in prompts]).to(device)
 
     def velocity(parts: list[Tensor], times: Tensor) -> list[Tensor]:
         times = times.to(device)
         if not twice:
-            return model(parts, layout, numbers, times)
-        both = model(parts * 2, layout, numbers, times.repeat(2))
+            return model(parts, layout, words, times)
+        both = model(parts * 2, layout, words, times.repeat(2))
         prompted, free = both[: len(parts)], both[len(parts) :]
         return [v0 + guidance * (v1 - v0) for v1, v0 in zip(prompted, free, strict=True)]
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+from torch import Tensor
+
 from model.world import words as split_words
 
 NO_PROMPT = 0
@@ -60,3 +63,28 @@ class Vocabulary:
         if len(words) > max_words:
             raise ValueError(f"prompt: expected at most {max_words} words, got {len(words)}")
         return [self._number[word] for word in words]
+
+
+def vocabulary_of(text: str, words: Iterable[str]) -> Vocabulary:
+    """What turns prompts into numbers for a model with that `DiTConfig.text`.
+
+    words: of the closed vocabulary; "minilm" brings its own.
+    """
+    if text == "words":
+        return Vocabulary(words)
+    from model import minilm  # reads the files of an optional package
+
+    return minilm.word_pieces()
+
+
+def text_inputs(text: str, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """What the DiT takes for prompts in packed order, given as numbers of their words.
+
+    "words": these numbers, int64 [n]. "minilm": the frozen encoder's states, fp32
+    [n, minilm.WIDTH + 1]; the last one of a row says "no prompt".
+    """
+    if text == "words":
+        return torch.tensor([n for prompt in prompts for n in prompt], dtype=torch.int64)
+    from model import minilm
+
+    return torch.cat([minilm.rows_of(tuple(prompt)) for prompt in prompts])
