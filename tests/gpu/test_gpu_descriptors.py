@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 import sora_kernels as sk
-from sora_kernels.backend import interpreting
 from sora_kernels.ops.packed_attention.config import choose_config, forced_descriptors
+from tests.gpu.common import DEVICE, NAMES, captured, needs_gpu
 from tests.helpers import poisoned, randn
 
-DEVICE = "cuda"
-NAMES = ("out", "lse", "dq", "dk", "dv")
 WINDOW = sk.Window((1, 3, 1), sink=1)
 # Segments end inside blocks, ranges of the window inside blocks and inside tiles.
 PARTS: list[list[Any]] = [
@@ -25,9 +23,7 @@ PARTS: list[list[Any]] = [
 ]
 
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.skipif(interpreting(), reason="set TRITON_INTERPRET=0 to run kernels on the GPU"),
+    *needs_gpu,
     pytest.mark.skipif(
         torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
         reason="the TMA unit came with compute capability 9.0",
@@ -141,14 +137,8 @@ def test_a_cuda_graph_holds_the_descriptors(window: sk.Window | None) -> None:
     layout = pack()
     tensors, dout = inputs(layout.num_tokens, 2, 64, torch.bfloat16)
     fn = call(layout, window)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
-        fn(*tensors)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        out, lse = fn(*tensors)
+    with torch.no_grad():
+        graph, (out, lse) = captured(lambda: fn(*tensors))
     for x in tensors:
         x.copy_(x.flip(0))
     graph.replay()

@@ -8,14 +8,10 @@ import pytest
 import torch
 
 from sora_kernels import PackedLayout, Text, packed_attention
-from sora_kernels.backend import interpreting
 from sora_kernels.ops.packed_attention.libraries import LIBRARIES, OWN
+from tests.gpu.common import needs_gpu
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.skipif(interpreting(), reason="set TRITON_INTERPRET=0 to run kernels on the GPU"),
-]
+pytestmark = needs_gpu
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -11,17 +11,12 @@ from torch import Tensor
 
 import sora_kernels as sk
 from sora_kernels import backend
-from sora_kernels.backend import interpreting
+from tests.gpu.common import DEVICE, captured, needs_gpu
 from tests.helpers import check, poisoned, randn
 
-DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.skipif(interpreting(), reason="set TRITON_INTERPRET=0 to run kernels on the GPU"),
-]
+pytestmark = needs_gpu
 
 LAYOUT = [
     [sk.Text(7), sk.Grid(3, 9, 14)],
@@ -278,14 +273,7 @@ def test_a_cuda_graph_replays_with_new_data(name: str, chosen: str | None) -> No
     fresh = {key: torch.flip(x, (0,)).clone() for key, x in static.items()}
     with torch.no_grad():
         expected = case.call(**fresh)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            case.call(**static)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = case.call(**static)
+        graph, result = captured(lambda: case.call(**static))
         for key, x in fresh.items():
             static[key].copy_(x)
         graph.replay()

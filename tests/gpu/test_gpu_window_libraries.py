@@ -10,23 +10,26 @@ import torch
 from torch import Tensor
 
 import sora_kernels as sk
-from sora_kernels.backend import interpreting
 from sora_kernels.ops.packed_attention import prepare_window
 from sora_kernels.ops.packed_attention.libraries import OWN
 from sora_kernels.ops.windowed_attention import flash_attn_4
 from sora_kernels.ops.windowed_attention.block_sparse import block_tensors
-from sora_kernels.ops.windowed_attention.reference import windowed_attention_reference
 from sora_kernels.packing import Capacity
-from tests.gpu.test_gpu_windows import NAMES, PACK, WINDOWS, inputs, layout, pack_mask, run
-from tests.helpers import check, randn
+from tests.gpu.common import (
+    PACK,
+    WINDOWS,
+    captured,
+    check_same_bits,
+    check_windows,
+    inputs,
+    layout,
+    needs_gpu,
+    run,
+)
+from tests.helpers import randn
 from tests.ops import flash_attn_4_stand_in as stand_in
-from tests.ops.windowed import masked_attention
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.skipif(interpreting(), reason="set TRITON_INTERPRET=0 to run kernels on the GPU"),
-]
+pytestmark = needs_gpu
 
 
 def by_library(pack: sk.PackedLayout, window: sk.Window, **options: Any) -> Any:
@@ -49,29 +52,14 @@ def by_library(pack: sk.PackedLayout, window: sk.Window, **options: Any) -> Any:
 @pytest.mark.parametrize("shape", [(2, 2, 64), (4, 2, 72), (2, 2, 128)], ids=str)
 @pytest.mark.parametrize("name", WINDOWS)
 def test_equals_dense_attention_under_a_mask(name: str, shape: tuple[int, int, int]) -> None:
-    window, pack = WINDOWS[name], layout()
-    tensors = inputs(pack.num_tokens, *shape, torch.bfloat16)
-    seen, scale = pack_mask(name).cuda(), shape[-1] ** -0.5
-    got = run(by_library(pack, window), tensors, torch.bfloat16)
-    exact = run(lambda q, k, v: masked_attention(q, k, v, seen, scale), tensors, torch.float64)
-    lowp = run(
-        lambda q, k, v: windowed_attention_reference(q, k, v, pack, window, scale),
-        tensors, torch.bfloat16,
-    )  # fmt: skip
-    for label, *results in zip(NAMES, got, exact, lowp, strict=True):
-        check(*results, grad=label.startswith("d"), name=label)
+    check_windows(by_library, name, shape, torch.bfloat16)
 
 
 def test_a_deterministic_backward_gives_the_same_bits() -> None:
     pack = layout()
     tensors = inputs(pack.num_tokens, 4, 4, 128, torch.bfloat16)
-    first, *others = [
-        run(by_library(pack, WINDOWS["sink"], deterministic=True), tensors, torch.bfloat16)
-        for _ in range(3)
-    ]
-    for again in others:
-        for label, a, b in zip(NAMES, first, again, strict=True):
-            assert torch.equal(a, b), label
+    attention = by_library(pack, WINDOWS["sink"], deterministic=True)
+    check_same_bits(lambda: run(attention, tensors, torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", WINDOWS)
@@ -110,14 +98,7 @@ def test_a_graph_captured_with_one_pack_replays_with_another() -> None:
         return [out, *torch.autograd.grad(out, leaves, dout)]
 
     prepare_window(pack, window, q, library="flash_attn_4")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(pack)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step(pack)
+    graph, results = captured(lambda: step(pack))
     for parts in (PACK, other_parts):
         pack.copy_(layout(parts, capacity))
         graph.replay()

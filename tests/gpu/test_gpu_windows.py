@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -10,67 +9,25 @@ import torch
 from torch import Tensor
 
 import sora_kernels as sk
-from sora_kernels.backend import interpreting
 from sora_kernels.ops.packed_attention import prepare_window
-from sora_kernels.ops.windowed_attention.reference import windowed_attention_reference
 from sora_kernels.packing import Capacity
-from tests.helpers import check, poisoned, randn
-from tests.ops.windowed import masked_attention, tile_mask
+from tests.gpu.common import (
+    DEVICE,
+    NAMES,
+    PACK,
+    WINDOWS,
+    captured,
+    check_same_bits,
+    check_windows,
+    inputs,
+    layout,
+    needs_gpu,
+    run,
+)
+from tests.helpers import check, randn
+from tests.ops.windowed import tile_mask
 
-DEVICE = "cuda"
-NAMES = ("out", "lse", "dq", "dk", "dv")
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.skipif(interpreting(), reason="set TRITON_INTERPRET=0 to run kernels on the GPU"),
-]
-
-# Partial tiles on every axis, text before, given frames after, an image with flat tiles.
-PACK = [
-    [sk.Text(77), sk.Grid(5, 12, 20, tile=(2, 8, 8)), sk.Grid(1, 12, 20, given=True)],
-    [sk.Grid(1, 24, 20, tile=(1, 16, 16)), sk.Text(9)],
-    [sk.Text(130)],
-    [sk.Grid(5, 9, 11)],
-]
-WINDOWS = {
-    "clamped": sk.Window((3, 1, 3)),
-    "truncated": sk.Window((1, 3, 3), "truncate"),
-    "causal-sink": sk.Window((2, 1, None), causal=True, sink=1),
-    "sink": sk.Window((1, 3, 1), sink=2),
-    "one-tile": sk.Window((1, 1, 1)),
-    "wider-than-the-grid": sk.Window((9, 9, 9)),
-}
-
-
-@functools.cache
-def pack_mask(name: str) -> Tensor:
-    return tile_mask(sk.PackedLayout(PACK, order="tile"), WINDOWS[name])
-
-
-def layout(parts: Any = PACK, capacity: Any = None) -> sk.PackedLayout:
-    return sk.PackedLayout(parts, order="tile", device=DEVICE, capacity=capacity)
-
-
-def inputs(n: int, heads: int, heads_k: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v: views of one packed QKV where the heads allow it."""
-    if heads == heads_k:
-        return list(randn(n, 3, heads, dim, dtype=dtype).to(DEVICE).unbind(1))
-    q = randn(n, heads, dim, dtype=dtype).to(DEVICE)
-    return [q, *randn(n, 2, heads_k, dim, dtype=dtype, seed=1).to(DEVICE).unbind(1)]
-
-
-def run(fn: Any, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """out, lse, dq, dk, dv of `fn(q, k, v)` for seeded upstream gradients of both results."""
-    leaves = [x.to(dtype).detach().requires_grad_() for x in tensors]
-    out, lse = fn(*leaves)
-    dout = randn(*out.shape, dtype=tensors[0].dtype, seed=2).to(DEVICE, dtype)
-    dlse = randn(*lse.shape, seed=3).to(DEVICE, lse.dtype)
-    return [
-        out.detach(),
-        lse.detach(),
-        *torch.autograd.grad((out, lse), leaves, (dout, dlse)),
-    ]
+pytestmark = needs_gpu
 
 
 def attention(pack: sk.PackedLayout, window: sk.Window) -> Any:
@@ -83,19 +40,8 @@ def attention(pack: sk.PackedLayout, window: sk.Window) -> Any:
 def test_equals_dense_attention_under_a_mask(
     name: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    window, pack = WINDOWS[name], layout()
-    tensors = inputs(pack.num_tokens, *shape, dtype)
-    seen = pack_mask(name).to(DEVICE)
-    scale = shape[-1] ** -0.5
-    with poisoned():
-        got = run(attention(pack, window), tensors, dtype)
+    check_windows(attention, name, shape, dtype)
     assert "windowed_attention on cuda: triton" in sk.explain()
-    exact = run(lambda q, k, v: masked_attention(q, k, v, seen, scale), tensors, torch.float64)
-    lowp = run(
-        lambda q, k, v: windowed_attention_reference(q, k, v, pack, window, scale), tensors, dtype
-    )
-    for label, *results in zip(NAMES, got, exact, lowp, strict=True):
-        check(*results, grad=label.startswith("d"), name=label)
 
 
 @pytest.mark.parametrize("name", ["clamped", "causal-sink"])
@@ -127,12 +73,7 @@ def test_equals_scaled_dot_product_attention_at_a_mid_size(name: str) -> None:
 def test_every_run_gives_the_same_bits(dim: int) -> None:
     pack = layout()
     tensors = inputs(pack.num_tokens, 4, 2, dim, torch.bfloat16)
-    first, *others = [
-        run(attention(pack, WINDOWS["sink"]), tensors, torch.bfloat16) for _ in range(3)
-    ]
-    for again in others:
-        for label, a, b in zip(NAMES, first, again, strict=True):
-            assert torch.equal(a, b), label
+    check_same_bits(lambda: run(attention(pack, WINDOWS["sink"]), tensors, torch.bfloat16))
 
 
 def test_a_segment_in_a_pack_has_the_bits_of_the_segment_alone() -> None:
@@ -168,14 +109,7 @@ def test_a_graph_captured_with_one_pack_replays_with_another() -> None:
         out = sk.packed_attention(*leaves, pack, window=window)
         return [out, *torch.autograd.grad(out, leaves, dout)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(pack)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step(pack)
+    graph, results = captured(lambda: step(pack))
     for parts in (PACK, other_parts):
         pack.copy_(layout(parts, capacity))
         graph.replay()
