@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import studies
-from benchmarks.scores import certificate, headline_scores, scores
+from benchmarks.scores import certificate, expansion, headline_scores, scores
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
@@ -294,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scores": lambda: judged("evaluate", headline_scores),
     "all_scores": lambda: judged("evaluate", scores),
     "certificate": lambda: judged("certificate", certificate),
+    "expansion": lambda: judged("expansion", expansion),
     "study_packing": lambda: judged("study_packing", studies.packing),
     "study_native": lambda: judged("study_native", studies.native),
     "study_compute": lambda: judged("study_compute", studies.compute),

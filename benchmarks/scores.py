@@ -61,6 +61,37 @@ def headline_scores(report: Mapping[str, Any], table: Table) -> str:
     return table(header, rows) + f"\n\nOracle {report['judge']['oracle']}, seed {report['seed']}."
 
 
+def expansion(report: Mapping[str, Any], table: Table) -> str:
+    """Short prompts and their expansions, on the same scenes and noise: rates and difference."""
+    rows = []
+    for row in report["rows"]:
+        where = f"{row['name']} ({row['size']}, {row['frames']} frames, n={row['clips']})"
+        for wish, names in (
+            ("short", ("all",)),
+            ("expanded", ("all", "size", "speed", "background")),
+        ):
+            for name in names:
+                metric = row[f"{wish}_wishes"][name]
+                change = metric["paired"]
+                low, middle, high = (100 * change[k] for k in ("low", "difference", "high"))
+                rows.append(
+                    [
+                        where,
+                        f"{name} of the {wish} prompt",
+                        _show(metric["short"], "rate"),
+                        _show(metric["expanded"], "rate"),
+                        f"{middle:+.0f} [{low:+.0f}, {high:+.0f}]",
+                        f"{change['p']:.2g}",
+                        _show(metric.get("vae"), "rate", short=True),
+                        _show(metric.get("shuffled"), "rate", short=True),
+                    ]
+                )
+                where = ""
+    header = ("row", "asked for", "short prompts", "expanded prompts", "difference, points", "p",
+              "VAE ceiling", "shuffled floor")  # fmt: skip
+    return table(header, rows) + f"\n\nOracle {report['judge']['oracle']}, seed {report['seed']}."
+
+
 def _show(value: Mapping[str, float] | None, unit: str, short: bool = False) -> str:
     if value is None:
         return "-"
