@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from .windows import plot as plot_windows
 RESULTS = Path(__file__).parent / "results"
 OTHERS = ("plain", "compile")
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+FINE = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.6, 1.8, 2)  # where all lies within 4 times
 Report = Mapping[str, Any]
 Row = Mapping[str, Any]
 
@@ -80,7 +82,8 @@ def speedups(report: Report, path: Path) -> Path | None:
             axes.plot([ratio["low"], ratio["high"]], [at, at], color="#24292f", linewidth=0.9)
     axes.set_xscale("log", base=2)
     low, high = axes.get_xlim()
-    axes.set_xticks([t for t in TICKS if low <= t <= high])
+    axes.set_xticks([t for t in (FINE if high < 4 * low else TICKS) if low <= t <= high])
+    axes.minorticks_off()
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.axvline(1, color="#57606a", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=6.5)
@@ -205,6 +208,22 @@ def section(place: str, name: str, report: Report, out: Path) -> str:
     return "\n".join(parts)
 
 
+def sizes_section(place: str, found: Report) -> str:
+    """The runs of `benchmarks.sizes`: large pictures and videos through the stack, once each."""
+    env = found["env"]
+    note = f"{env['cpu']}, {env['threads']} threads · torch {env['torch']} · {env['date'][:10]}"
+    names = ("case", "stage", "tokens", "seconds", "peak_mb")
+    head = "".join(f"<th>{name.replace('_mb', ', MB')}</th>" for name in names)
+    lines = [
+        "<tr>" + "".join(f"<td>{html.escape(str(row[name]))}</td>" for name in names) + "</tr>"
+        for row in found["rows"]
+    ]
+    return (
+        f'<h2>{html.escape(place)}: sizes</h2><p class="note">{html.escape(note)}</p>'
+        f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+    )
+
+
 def build(results: Path, out: Path) -> Path:
     """The page from every `<place>/<suite>.json` under `results`; ValueError if there is none."""
     files = sorted(results.glob("*/*.json"))
@@ -214,7 +233,10 @@ def build(results: Path, out: Path) -> Path:
     sections = []
     for path in files:
         place = path.parent.name
-        sections.append(section(place, path.stem, read_report(path), out))
+        if path.stem == "sizes":  # runs, not comparisons
+            sections.append(sizes_section(place, json.loads(path.read_text())))
+        else:
+            sections.append(section(place, path.stem, read_report(path), out))
     measured = sorted({path.parent.name for path in files} - {"cpu"})
     note = (
         f"Measured on: CPU{''.join(', ' + name for name in measured)}."
