@@ -214,7 +214,7 @@ DITS: dict[str, DiTConfig] = {
 }
 # Tiles of 2x2 patches, and each patch sees 3x3 of them in its own and in the neighbouring frames.
 DITS["tiny-window"] = dataclasses.replace(DITS["tiny"], window=(3, 3, 3), tile=(1, 2, 2))
-# Reads any English prompt; a caption of the world has up to 62 word pieces.
+# Reads any English prompt; every caption of the world has room, in word pieces.
 DITS["tiny-minilm"] = dataclasses.replace(DITS["tiny"], text="minilm", max_words=64)
 
 
