@@ -50,7 +50,9 @@ def ours_of(report: Report) -> list[Row]:
 
 
 def label(row: Row) -> str:
-    return f"{row['op']} {row['case']} {row['dtype']} {row['mode']}"
+    """Op and case, unless the case begins with the op: "DiT-XL/2 256 ..." of DiT."""
+    op = "" if row["case"].startswith(row["op"]) else f"{row['op']} "
+    return f"{op}{row['case']} {row['dtype']} {row['mode']}"
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -70,9 +72,11 @@ def speedups(report: Report, path: Path) -> Path | None:
     rows = [r for r in ours_of(report) if set(OTHERS) & set(r.get("paired", {}))]
     if not rows:
         return None
+    others = [other for other in OTHERS if any(other in row["paired"] for row in rows)]
+    offsets = (-0.16, 0.16) if len(others) == 2 else (0.0,)
     figure, axes = _figure(9, 1.1 + 0.26 * len(rows))
     for position, row in enumerate(rows):
-        for offset, other in zip((-0.16, 0.16), OTHERS, strict=True):
+        for offset, other in zip(offsets, others, strict=True):
             ratio = row["paired"].get(other)
             if ratio is None:
                 continue
@@ -89,8 +93,8 @@ def speedups(report: Report, path: Path) -> Path | None:
     axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=6.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("times as fast, with the 95% interval of the paired ratio", fontsize=8)
-    handles = [axes.barh(0, 0, color=COLOURS[other]) for other in OTHERS]
-    names = ["than plain PyTorch", "than torch.compile"]
+    handles = [axes.barh(0, 0, color=COLOURS[other]) for other in others]
+    names = ["than " + {"plain": "plain PyTorch"}.get(o, f"torch.{o}") for o in others]
     axes.legend(
         handles, names, fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="lower right", ncols=2
     )
@@ -137,8 +141,9 @@ def memory(report: Report, path: Path) -> Path | None:
         share = 100 * row["peak_mem_mb"] / plain[_case(row)]
         axes.barh(position, share, height=0.7, color=COLOURS[OURS])
         text = f" {share:.0f}% of {plain[_case(row)]:,.0f} MB"
-        axes.text(share, position, text, va="center", fontsize=6)
-    axes.axvline(100, color="#57606a", linewidth=0.8)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        axes.text(share, position, text, va="center", fontsize=6, bbox=box, zorder=3)
+    axes.axvline(100, color="#57606a", linewidth=0.8, zorder=1)
     axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=6.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.15)

@@ -11,7 +11,7 @@ from typing import Any
 from .schema import OURS
 
 COLOURS = {OURS: "#1f6feb", "plain": "#8b949e", "compile": "#d29922"}
-OTHER_COLOURS = ("#2da44e", "#8250df", "#cf222e", "#0a7d8c", "#bf5af2", "#6e4c1e")
+OTHER_COLOURS = ("#2da44e", "#8250df", "#cf222e", "#0a7d8c", "#e85aad", "#6e4c1e")
 
 
 def _label(row: Mapping[str, Any]) -> str:
