@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections import Counter
 
 import pytest
 
+from tests.interpreter import remember_builtins
+
 # CPU tests run Triton kernels in the interpreter, which is chosen when a kernel is decorated. The
 # cross-compilation tests (tests/aot) and GPU tests need it off and run in a process of their own.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+#: What numpy says inside the Triton interpreter when a test feeds it what it must survive: poison,
+#: infinities, lanes that a mask discards; and a deprecation in the interpreter's own code.
+INTERPRETER_WARNINGS = (
+    "ignore:invalid value encountered in (add|subtract|matmul):RuntimeWarning",
+    "ignore:overflow encountered in exp:RuntimeWarning",
+    "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in INTERPRETER_WARNINGS:
+        config.addinivalue_line("filterwarnings", rf"{line}:triton\.runtime\.interpreter")
+
+
+def pytest_runtest_setup() -> None:
+    if "triton.runtime.interpreter" in sys.modules:
+        remember_builtins()
 
 
 def expected_skips() -> set[str]:
