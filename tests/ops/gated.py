@@ -30,6 +30,7 @@ ROW_PATTERNS: dict[str, Callable[[int, int], Tensor]] = {
     "a row a token": lambda n, r: torch.arange(n).flip(0) % r,
 }
 
+#: How modulations are given. per, shape of x, leading sizes of the modulations
 GRANULARITIES = (
     ("all", (2, 35, 24), ()),
     ("sample", (3, 33, 24), (3,)),
@@ -39,6 +40,26 @@ GRANULARITIES = (
     ("token", (2, 17, 24), (2, 17)),
     ("token", (35, 24), (35,)),
 )
+
+#: The same for the Triton interpreter, whose backward costs time per token. 70 tokens of one row
+#: are more than a program of the forward takes (64) and than the backward's second stage adds at
+#: once (16); the others need rows that lie in several programs, and several rows.
+SHORT_GRANULARITIES = (
+    ("all", (2, 5, 24), ()),
+    ("sample", (3, 4, 24), (3,)),
+    ("sample", (70, 24), (1,)),
+    ("sample", (2, 3, 2, 24), (2,)),
+    ("frame", (2, 8, 24), (2, 4)),
+    ("token", (2, 3, 24), (2, 3)),
+    ("token", (7, 24), (7,)),
+)
+BY_BACKEND = [("native", *case) for case in GRANULARITIES]
+BY_BACKEND += [("triton", *case) for case in SHORT_GRANULARITIES]
+
+
+def length(backend: str, native: int, triton: int = 5) -> int:
+    """Tokens of a sample: the CPU's blocks are of 32 tokens, those of Triton's backward of one."""
+    return native if backend == "native" else triton
 
 
 def leaf(*shape: int, seed: int) -> Tensor:
