@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sora_kernels import _ext, gate_residual_norm_modulate, norm_modulate
+from sora_kernels import (
+    PackedLayout,
+    _ext,
+    gate_residual_norm_modulate,
+    norm_modulate,
+    qk_norm_rope,
+)
 
 LIBRARY = Path(_ext.__file__).with_name("_C_cpu.so")
 RUN = """
@@ -29,12 +35,20 @@ QUICK = {
 
 
 class Sublayer(nn.Module):
-    """The end of one sublayer and the beginning of the next: all that is passed to a raw op."""
+    """The end of one sublayer and the beginning of the next: every kind of argument of a raw op."""
 
-    def forward(self, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def __init__(self) -> None:
+        super().__init__()
+        layout = PackedLayout.from_grids([(3, 8, 8)], patch=(1, 2, 2))  # 48 tokens
+        self.rope = layout.rope((8, 12, 12))
+        self.register_buffer("weight", torch.linspace(0.5, 1.5, 36))
+
+    def forward(self, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
         gate, shift, scale = rows.unbind(0)  # [3, B, D]
         residual, normed = gate_residual_norm_modulate(x, y, gate, shift, scale, per="sample")
-        return residual, norm_modulate(normed, shift, scale, per="sample", norm="rms")
+        heads = norm_modulate(normed, shift, scale, per="sample", norm="rms").view(-1, 2, 36)
+        q, k = qk_norm_rope(heads, heads, self.weight, rope=self.rope)
+        return residual, q, k
 
 
 def test_a_package_runs_with_the_library_alone(tmp_path: Path) -> None:
@@ -47,8 +61,8 @@ def test_a_package_runs_with_the_library_alone(tmp_path: Path) -> None:
         torch._inductor.aoti_compile_and_package(
             exported, package_path=str(package), inductor_configs=QUICK
         )
-    assert {"sora_kernels.gate_residual_norm_modulate_fwd.default",
-            "sora_kernels.norm_modulate_fwd.default"} <= called  # fmt: skip
+    raw = ("gate_residual_norm_modulate", "norm_modulate", "qk_norm_rope")
+    assert {f"sora_kernels.{op}_fwd.default" for op in raw} <= called
     torch.save(inputs, given)
     command = [sys.executable, "-c", RUN, str(LIBRARY), str(package), str(given), str(result)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -13,6 +13,13 @@
 namespace sora {
 
 using List = std::vector<Tensor>;
+using OptionalList = std::optional<List>;
+
+// AOTInductor passes None where a list is empty.
+inline const List& list_of(const OptionalList& list) {
+  static const List none;
+  return list ? *list : none;
+}
 
 // [N, H, D] or [B, L, H, D]
 inline Heads heads_of(const Tensor& t, const char* name) {
@@ -167,15 +174,16 @@ void copy_rows(Device& device, const Tensor& from, Tensor& to, const Tensor& ind
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> qk_forward(
-    List q, List k, List v, List q_weight, List k_weight, List q_bias, List k_bias, List index,
-    int64_t tokens, Optional cos, Optional sin, Optional positions, Optional parts, Optional k_cos,
+    List q, List k, OptionalList v, OptionalList q_weight, OptionalList k_weight,
+    OptionalList q_bias, OptionalList k_bias, OptionalList index, int64_t tokens, Optional cos, Optional sin, Optional positions, Optional parts, Optional k_cos,
     Optional k_sin, Optional k_positions, Optional k_parts, int64_t part_size,
     int64_t first_token, int64_t k_part_size, int64_t k_first_token, std::vector<int64_t> axes,
     int64_t norm, double eps, int64_t pairing, int64_t law) {
   const Optional tables[] = {cos, sin, positions, parts, k_cos, k_sin, k_positions, k_parts};
   const int64_t places[] = {part_size, first_token, k_part_size, k_first_token};
-  const QkInputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tokens, tables, places, axes,
-                    norm, eps, pairing, law};
+  const QkInputs in{q, k, list_of(v), list_of(q_weight), list_of(k_weight), list_of(q_bias),
+                    list_of(k_bias), list_of(index), tokens, tables, places, axes, norm, eps, pairing,
+                    law};
   in.check();
   Device device(q[0]);
   const auto output = [&](const List& x) {
@@ -183,30 +191,32 @@ std::tuple<Tensor, Tensor, Tensor> qk_forward(
     if (x.size() == 1) return device.empty(shape_of(x[0]), x[0].scalar_type());
     return device.empty({tokens, x[0].size(-2), x[0].size(-1)}, x[0].scalar_type());
   };
-  Tensor out[] = {output(q), output(k), output(v)};
+  Tensor out[] = {output(q), output(k), output(in.v)};
   for (size_t stream = 0; stream < in.streams(); ++stream) {
     auto a = pass_of(device, in, stream);
     for (int s = 0; s < 2; ++s) a.side[s].y = data(out[s]);
     device.forward(a, (out[0].numel() + out[1].numel()) * out[0].element_size());
-    if (!v.empty()) copy_rows(device, v[stream], out[2], index[stream], false);
+    if (!in.v.empty()) copy_rows(device, in.v[stream], out[2], in.index[stream], false);
   }
   return {out[0], out[1], out[2]};
 }
 
 template <class Device>
 List qk_backward(
-    Optional dyq, Optional dyk, Optional dyv, List q, List k, List v, List q_weight, List k_weight,
-    List q_bias, List k_bias, List index, int64_t tokens, Optional cos, Optional sin,
+    Optional dyq, Optional dyk, Optional dyv, List q, List k, OptionalList v,
+    OptionalList q_weight, OptionalList k_weight, OptionalList q_bias, OptionalList k_bias,
+    OptionalList index, int64_t tokens, Optional cos, Optional sin,
     Optional positions, Optional parts, Optional k_cos, Optional k_sin, Optional k_positions,
     Optional k_parts, int64_t part_size, int64_t first_token, int64_t k_part_size,
     int64_t k_first_token, std::vector<int64_t> axes, int64_t norm, double eps, int64_t pairing,
     int64_t law, std::vector<int64_t> needs) {
   const Optional tables[] = {cos, sin, positions, parts, k_cos, k_sin, k_positions, k_parts};
   const int64_t places[] = {part_size, first_token, k_part_size, k_first_token};
-  const QkInputs in{q, k, v, q_weight, k_weight, q_bias, k_bias, index, tokens, tables, places, axes,
-                    norm, eps, pairing, law};
+  const QkInputs in{q, k, list_of(v), list_of(q_weight), list_of(k_weight), list_of(q_bias),
+                    list_of(k_bias), list_of(index), tokens, tables, places, axes, norm, eps, pairing,
+                    law};
   in.check();
-  const List* lists[] = {&q, &k, &v, &q_weight, &k_weight, &q_bias, &k_bias};
+  const List* lists[] = {&q, &k, &in.v, &in.q_weight, &in.k_weight, &in.q_bias, &in.k_bias};
   size_t start[8] = {0};
   for (int i = 0; i < 7; ++i) start[i + 1] = start[i] + lists[i]->size();
   STD_TORCH_CHECK(needs.size() == start[7], "sora_kernels: needs: expected one per tensor");
@@ -232,7 +242,7 @@ List qk_backward(
       side.wanted = dx || dweight || dbias;
       if (!side.wanted) continue;
       // A packed result has as many rows for q as for k.
-      const int64_t rows = index.empty() || a.gather ? tokens_of_heads(in.x(s, stream)) : tokens;
+      const int64_t rows = in.index.empty() || a.gather ? tokens_of_heads(in.x(s, stream)) : tokens;
       STD_TORCH_CHECK(dy[s] && dtype_of(*dy[s]) == a.type && dy[s]->size(-1) == a.width &&
                           dy[s]->size(-2) == side.heads,
                       "sora_kernels: dy: expected the heads and dtype of the input");
@@ -245,7 +255,7 @@ List qk_backward(
       if (dbias) side.dbias = data<float>(*dbias);
     }
     device.backward(a, bytes);
-    if (Tensor* dv = wanted(2, stream)) copy_rows(device, *dyv, *dv, index[stream], true);
+    if (Tensor* dv = wanted(2, stream)) copy_rows(device, *dyv, *dv, in.index[stream], true);
   }
   return out;
 }

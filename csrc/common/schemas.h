@@ -76,13 +76,13 @@ constexpr Schemas patchify{
 
 constexpr Schemas qk_norm_rope{
     "qk_norm_rope",
-    "(Tensor[] q, Tensor[] k, Tensor[] v, Tensor[] q_weight, Tensor[] k_weight, Tensor[] "
-    "q_bias, Tensor[] k_bias, Tensor[] index, SymInt tokens, Tensor? cos, Tensor? sin, Tensor? "
-    "positions, Tensor? parts, Tensor? k_cos, Tensor? k_sin, Tensor? k_positions, Tensor? "
-    "k_parts, int part_size, SymInt first_token, int k_part_size, SymInt k_first_token, int[] "
-    "axes, int norm, float eps, int pairing, int law) -> (Tensor, Tensor, Tensor)",
-    "(Tensor? dyq, Tensor? dyk, Tensor? dyv, Tensor[] q, Tensor[] k, Tensor[] v, Tensor[] "
-    "q_weight, Tensor[] k_weight, Tensor[] q_bias, Tensor[] k_bias, Tensor[] index, SymInt "
+    "(Tensor[] q, Tensor[] k, Tensor[]? v, Tensor[]? q_weight, Tensor[]? k_weight, Tensor[]? "
+    "q_bias, Tensor[]? k_bias, Tensor[]? index, SymInt tokens, Tensor? cos, Tensor? sin, "
+    "Tensor? positions, Tensor? parts, Tensor? k_cos, Tensor? k_sin, Tensor? k_positions, "
+    "Tensor? k_parts, int part_size, SymInt first_token, int k_part_size, SymInt k_first_token, "
+    "int[] axes, int norm, float eps, int pairing, int law) -> (Tensor, Tensor, Tensor)",
+    "(Tensor? dyq, Tensor? dyk, Tensor? dyv, Tensor[] q, Tensor[] k, Tensor[]? v, Tensor[]? "
+    "q_weight, Tensor[]? k_weight, Tensor[]? q_bias, Tensor[]? k_bias, Tensor[]? index, SymInt "
     "tokens, Tensor? cos, Tensor? sin, Tensor? positions, Tensor? parts, Tensor? k_cos, Tensor? "
     "k_sin, Tensor? k_positions, Tensor? k_parts, int part_size, SymInt first_token, int "
     "k_part_size, SymInt k_first_token, int[] axes, int norm, float eps, int pairing, int law, "

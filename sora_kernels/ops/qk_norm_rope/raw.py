@@ -90,12 +90,13 @@ def new_gradients(
 
 # --- schemas and shapes -------------------------------------------------------------------------
 
+# Lists that may be empty are optional, because AOTInductor passes None for an empty list.
 _INPUTS = (
-    "Tensor[] q, Tensor[] k, Tensor[] v, Tensor[] q_weight, Tensor[] k_weight, Tensor[] q_bias, "
-    "Tensor[] k_bias, Tensor[] index, SymInt tokens, Tensor? cos, Tensor? sin, Tensor? positions, "
-    "Tensor? parts, Tensor? k_cos, Tensor? k_sin, Tensor? k_positions, Tensor? k_parts, "
-    "int part_size, SymInt first_token, int k_part_size, SymInt k_first_token, int[] axes, "
-    "int norm, float eps, int pairing, int law"
+    "Tensor[] q, Tensor[] k, Tensor[]? v, Tensor[]? q_weight, Tensor[]? k_weight, "
+    "Tensor[]? q_bias, Tensor[]? k_bias, Tensor[]? index, SymInt tokens, Tensor? cos, Tensor? sin, "
+    "Tensor? positions, Tensor? parts, Tensor? k_cos, Tensor? k_sin, Tensor? k_positions, "
+    "Tensor? k_parts, int part_size, SymInt first_token, int k_part_size, SymInt k_first_token, "
+    "int[] axes, int norm, float eps, int pairing, int law"
 )
 
 
