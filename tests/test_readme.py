@@ -18,7 +18,7 @@ def test_tables_match_the_result_files() -> None:
         text = path.read_text()
         found += re.findall(r"<!-- table (\w+) -->", text)
         assert fill(text) == text, "run python -m benchmarks.readme"
-    assert sorted(found) == sorted(TABLES)
+    assert set(found) == set(TABLES)  # one may stand in two documents
     assert main(["--check"]) == 0
 
 
