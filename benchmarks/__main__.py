@@ -219,8 +219,12 @@ def _tell(results: Results) -> None:
 
 
 def _check(cases: Sequence[Case], device: str, skip: set[str], quiet: bool) -> int:
+    import torch._inductor.config as inductor
+
     from .runner import Results, check_case
 
+    # Checks may run side by side: what Inductor's tuning finds meanwhile must not be remembered.
+    inductor.autotune_local_cache = False
     results = Results()
     with _progress(quiet) as bar:
         task = bar.add_task("check", total=len(cases))
