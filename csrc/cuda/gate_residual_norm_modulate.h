@@ -1,27 +1,19 @@
 // r = x + gate * y (+ gate2 * y2) and (1 + scale) * (norm(r) * weight + bias) + shift, forward and
 // backward: what the binding and the kernels say to each other.
 #pragma once
-#include "sums.h"
+#include "norm.h"
 
 namespace sora::cuda {
 
 constexpr int kMaxBranches = 2;
 
-struct GateResidualNormModulate {
-  int64_t tokens;
-  int width;
-  // Forward: the residual stream. Backward: the same if the branches are given, which are then
-  // added again; else the residual as the forward stored it.
-  Tokens x;
+// x in the forward: the residual stream. In the backward: the same if the branches are given, which are
+// then added again; else the residual as the forward stored it.
+struct GateResidualNormModulate : Normed {
   Tokens y[kMaxBranches];  // data may be null
-  DType y_type, out_type;
-  Matrix gate[kMaxBranches], shift, scale;                               // [R, D]; data may be null
-  Matrix gate_table[kMaxBranches], shift_table, scale_table, weight, bias;  // [D]: stride 0
-  RowMap rows;
-  float* mean;  // [N], null for RMS
-  float* rstd;  // [N]
-  float eps;
-  int law;
+  DType y_type;
+  Matrix gate[kMaxBranches], shift, scale;  // [R, D]; data may be null
+  Matrix gate_table[kMaxBranches];          // [D]: stride 0
 };
 
 struct GateResidualNormModulateFwd : GateResidualNormModulate {

@@ -1,7 +1,7 @@
 // Forward kernels of gate_residual_norm_modulate: a row in the registers of its threads, or any row,
 // whose sum is made three times.
 #include "gated.h"
-#include "reduce.h"
+#include "norm_forward.h"
 
 namespace sora::cuda {
 namespace {
@@ -11,21 +11,11 @@ constexpr int kMaxThreads = 512;
 
 // The normed output of V columns, from the centred residual.
 template <int V, class R>
-SORA_D void normed_columns(const GateResidualNormModulateFwd& a, int64_t row, int column, float rstd,
+SORA_D void output_columns(const GateResidualNormModulateFwd& a, int64_t row, int column, float rstd,
                            const R& round, float (&v)[V]) {
   using Out = typename R::Out;
-#pragma unroll
-  for (int i = 0; i < V; ++i) v[i] *= rstd;
-  round_at<Out, V>(round.out, kXhat, v);
-  affine<Out, V>(a.weight, a.bias, column, round.out, v);
+  normed_columns<Out, V>(a, column, rstd, round.out, v);
   modulate<Out, V>(a.scale, a.scale_table, a.shift, a.shift_table, row, column, round.out, v);
-}
-
-SORA_D void write_statistics(const GateResidualNormModulateFwd& a, int64_t n, float mean,
-                             float rstd) {
-  if (threadIdx.x != 0) return;
-  if (a.mean) a.mean[n] = mean;
-  a.rstd[n] = rstd;
 }
 
 template <class Tx, class Ty, class Tout>
@@ -33,10 +23,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gate_residual_norm_modulate_fw
     const __grid_constant__ GateResidualNormModulateFwd a) {
   constexpr int V = kVector<Tx, Ty, Tout>, K = kElements / V;
   __shared__ TeamScratch<1> scratch;
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t n = team_number();
   if (n >= a.tokens) return;
   const Rounding<Tx, Ty, Tout> round(a);
-  auto column = [&](int k) { return static_cast<int>(threadIdx.x + k * blockDim.x) * V; };
+  auto column = [](int k) { return team_column<V>(k); };
   const Tx* x = token_row<Tx>(a.x, n);
   Words<Tx, V> xs[K] = {};
   Words<Ty, V> ys[K][kMaxBranches] = {};
@@ -59,33 +49,20 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gate_residual_norm_modulate_fw
 #pragma unroll
     for (int b = 0; b < kMaxBranches; ++b) {
       if (!a.y[b].data) continue;
-      float y[V], gate[V] = {};
+      float y[V], gate[V];
       widen<Ty, V>(ys[k][b], y);
-      if (a.gate[b].data) load_gate<V>(a, b, row, column(k), round, gate);
+      load_gate<V>(a, b, row, column(k), round, gate);
       add_branch<V>(a, b, gate, round, y, v[k]);
     }
     store<Tx, V>(residual + column(k), v[k]);
 #pragma unroll
     for (int i = 0; i < V; ++i) sum += v[k][i];
   }
-  const float inverse = 1.0f / static_cast<float>(a.width);
-  const float mean = a.mean ? inverse * team_sum(sum, scratch, 0) : 0.0f;
-  float square = 0.0f;
+  const float rstd = centre_row(a, n, sum, v, scratch);
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (column(k) >= a.width) continue;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      v[k][i] -= mean;
-      square += v[k][i] * v[k][i];
-    }
-  }
-  const float rstd = 1.0f / sqrtf(team_sum(square, scratch, 1) * inverse + a.eps);
-  write_statistics(a, n, mean, rstd);
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (column(k) >= a.width) continue;
-    normed_columns<V>(a, row, column(k), rstd, round, v[k]);
+    output_columns<V>(a, row, column(k), rstd, round, v[k]);
     store<Tout, V>(static_cast<Tout*>(a.normed) + n * a.width + column(k), v[k]);
   }
 }
@@ -94,41 +71,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gate_residual_norm_modulate_fw
 __global__ void __launch_bounds__(kMaxThreads, 1) gate_residual_norm_modulate_fwd_any(
     const __grid_constant__ GateResidualNormModulateFwd a) {
   __shared__ TeamScratch<1> scratch;
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t n = team_number();
   if (n >= a.tokens) return;
   const TypedRounding round(a);
   const int64_t row = row_of(a.rows, n);
-  auto residual = [&](int c) {
-    float v[1] = {load_one(a.x, n, c)};
-#pragma unroll
-    for (int b = 0; b < kMaxBranches; ++b) {
-      if (!a.y[b].data) continue;
-      float gate[1] = {};
-      const float y[1] = {load_one(a.y[b], n, c)};
-      if (a.gate[b].data) load_gate<1>(a, b, row, c, round, gate);
-      add_branch<1>(a, b, gate, round, y, v);
-    }
-    return v[0];
-  };
-  const int first = threadIdx.x, step = blockDim.x;
-  const float inverse = 1.0f / static_cast<float>(a.width);
-  float mean = 0.0f, square = 0.0f;
-  if (a.mean) {
-    float sum = 0.0f;
-    for (int c = first; c < a.width; c += step) sum += residual(c);
-    mean = inverse * team_sum(sum, scratch, 0);
-  }
-  for (int c = first; c < a.width; c += step) {
-    const float centred = residual(c) - mean;
-    square += centred * centred;
-  }
-  const float rstd = 1.0f / sqrtf(team_sum(square, scratch, 1) * inverse + a.eps);
-  write_statistics(a, n, mean, rstd);
-  for (int c = first; c < a.width; c += step) {
+  auto residual = [&](int c) { return any_residual(a, round, n, row, c); };
+  const auto [mean, rstd] = row_statistics(a, n, residual, scratch);
+  for (int c = threadIdx.x; c < a.width; c += blockDim.x) {
     float v[1] = {residual(c)};
     store<1>(a.residual, a.x.type, n * a.width + c, v);
     v[0] -= mean;
-    normed_columns<1>(a, row, c, rstd, round, v);
+    output_columns<1>(a, row, c, rstd, round, v);
     store<1>(a.normed, a.out_type, n * a.width + c, v);
   }
 }

@@ -25,11 +25,14 @@ struct TypedRounding {
       : x{a.law, a.x.type}, y{a.law, a.y_type}, out{a.law, a.out_type} {}
 };
 
-// The gate of branch b, with its table.
+// The gate of branch b with its table, 1 without one.
 template <int V, class R>
 SORA_D void load_gate(const GateResidualNormModulate& a, int b, int64_t row, int column,
                       const R& round, float (&gate)[V]) {
-  modulation<typename R::Y, V>(a.gate[b], a.gate_table[b], row, column, round.y, gate);
+  if (a.gate[b].data)
+    return modulation<typename R::Y, V>(a.gate[b], a.gate_table[b], row, column, round.y, gate);
+#pragma unroll
+  for (int i = 0; i < V; ++i) gate[i] = 1.0f;
 }
 
 // residual += gate * y, of branch b.
@@ -43,6 +46,21 @@ SORA_D void add_branch(const GateResidualNormModulate& a, int b, const float (&g
 #pragma unroll
   for (int i = 0; i < V; ++i) residual[i] += gated[i];
   round_at<typename R::X, V>(round.x, kResidual, residual);
+}
+
+// The residual of one column, from memory of any type.
+SORA_D float any_residual(const GateResidualNormModulate& a, const TypedRounding& round, int64_t n,
+                          int64_t row, int c) {
+  float residual[1] = {load_one(a.x, n, c)};
+#pragma unroll
+  for (int b = 0; b < kMaxBranches; ++b) {
+    if (!a.y[b].data) continue;
+    float gate[1];
+    const float y[1] = {load_one(a.y[b], n, c)};
+    load_gate<1>(a, b, row, c, round, gate);
+    add_branch<1>(a, b, gate, round, y, residual);
+  }
+  return residual[0];
 }
 
 // run(x{}, y{}, out{}): half precision gives itself; beside an fp32 x, y may be any type and the

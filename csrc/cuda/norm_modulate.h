@@ -1,25 +1,15 @@
 // y = (1 + scale) * (xhat * weight + bias) + shift, forward and backward: what the binding
 // (norm_modulate.cpp) and the kernels (norm_modulate_{fwd,bwd}.cu) say to each other.
 #pragma once
-#include "sums.h"
+#include "norm.h"
 
 namespace sora::cuda {
 
 constexpr int kMaxOutputs = 2;
 
-struct NormModulate {
-  int64_t tokens;
-  int width;
+struct NormModulate : Normed {
   int outputs;
-  Tokens x;
-  Matrix weight, bias, shift_table, scale_table;  // [D]: stride 0; data may be null
   Matrix shift[kMaxOutputs], scale[kMaxOutputs];  // [R, D]; data may be null
-  RowMap rows;
-  DType out_type;
-  float* mean;  // [N], null for RMS
-  float* rstd;  // [N]
-  float eps;
-  int law;
 };
 
 struct NormModulateFwd : NormModulate {

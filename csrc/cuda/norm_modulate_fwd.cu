@@ -1,8 +1,7 @@
 // Forward kernels of norm_modulate: a row in the registers of its threads, or any row read three times.
 #include "dispatch.h"
-#include "modulate.h"
+#include "norm_forward.h"
 #include "norm_modulate.h"
-#include "reduce.h"
 
 namespace sora::cuda {
 namespace {
@@ -10,29 +9,22 @@ namespace {
 constexpr int kElements = 16;  // of a row, in the registers of one thread
 constexpr int kMaxThreads = 1024, kAnyThreads = 512;
 
-// All outputs of token n at `column`, from xhat; T is void where the law knows the type.
+// All outputs of token n at `column`, from the centred row; T is void where the law knows the type.
 template <class T, int V, class Law>
-SORA_D void write(const NormModulateFwd& a, int64_t n, int64_t row, int column, Law law,
-                  float (&xhat)[V]) {
-  round_at<T, V>(law, kXhat, xhat);
-  affine<T, V>(a.weight, a.bias, column, law, xhat);
+SORA_D void write(const NormModulateFwd& a, int64_t n, int64_t row, int column, float rstd, Law law,
+                  float (&normed)[V]) {
+  normed_columns<T, V>(a, column, rstd, law, normed);
 #pragma unroll
   for (int o = 0; o < kMaxOutputs; ++o) {
     if (o >= a.outputs) continue;
     float v[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = xhat[i];
+    for (int i = 0; i < V; ++i) v[i] = normed[i];
     modulate<T, V>(a.scale[o], a.scale_table, a.shift[o], a.shift_table, row, column, law, v);
     if constexpr (sizeof(Law) == sizeof(int))
       store<T, V>(static_cast<T*>(a.y[o]) + n * a.width + column, v);
     else store<V>(a.y[o], a.out_type, n * a.width + column, v);
   }
-}
-
-SORA_D void write_statistics(const NormModulateFwd& a, int64_t n, float mean, float rstd) {
-  if (threadIdx.x != 0) return;
-  if (a.mean) a.mean[n] = mean;
-  a.rstd[n] = rstd;
 }
 
 // One row per blockDim.x threads, 16 bytes at a time.
@@ -41,14 +33,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_modulate_fwd_row(
     const __grid_constant__ NormModulateFwd a) {
   constexpr int V = kVector<Tin, Tout>, K = kElements / V;
   __shared__ TeamScratch<1> scratch;
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t n = team_number();
   if (n >= a.tokens) return;
-  auto column = [&](int k) { return static_cast<int>(threadIdx.x + k * blockDim.x) * V; };
   const Tin* x = token_row<Tin>(a.x, n);
   Words<Tin, V> words[K] = {};
 #pragma unroll
   for (int k = 0; k < K; ++k)
-    if (column(k) < a.width) words[k] = fetch<Tin, V>(x + column(k));
+    if (team_column<V>(k) < a.width) words[k] = fetch<Tin, V>(x + team_column<V>(k));
 
   float v[K][V];
   float sum = 0.0f;
@@ -58,54 +49,26 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_modulate_fwd_row(
 #pragma unroll
     for (int i = 0; i < V; ++i) sum += v[k][i];
   }
-  const float inverse = 1.0f / static_cast<float>(a.width);
-  const float mean = a.mean ? inverse * team_sum(sum, scratch, 0) : 0.0f;
-  float square = 0.0f;
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (column(k) >= a.width) continue;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      v[k][i] -= mean;
-      square += v[k][i] * v[k][i];
-    }
-  }
-  const float rstd = 1.0f / sqrtf(team_sum(square, scratch, 1) * inverse + a.eps);
-  write_statistics(a, n, mean, rstd);
+  const float rstd = centre_row(a, n, sum, v, scratch);
   const int64_t row = row_of(a.rows, n);
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (column(k) >= a.width) continue;
-#pragma unroll
-    for (int i = 0; i < V; ++i) v[k][i] *= rstd;
-    write<Tout, V>(a, n, row, column(k), a.law, v[k]);
-  }
+  for (int k = 0; k < K; ++k)
+    if (team_column<V>(k) < a.width)
+      write<Tout, V>(a, n, row, team_column<V>(k), rstd, a.law, v[k]);
 }
 
 // Any width, address and type: the row is read once for each sum and once for the outputs.
 __global__ void __launch_bounds__(kAnyThreads, 1) norm_modulate_fwd_any(
     const __grid_constant__ NormModulateFwd a) {
   __shared__ TeamScratch<1> scratch;
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t n = team_number();
   if (n >= a.tokens) return;
-  const int first = threadIdx.x, step = blockDim.x;
-  const float inverse = 1.0f / static_cast<float>(a.width);
-  float mean = 0.0f, square = 0.0f;
-  if (a.mean) {
-    float sum = 0.0f;
-    for (int c = first; c < a.width; c += step) sum += load_one(a.x, n, c);
-    mean = inverse * team_sum(sum, scratch, 0);
-  }
-  for (int c = first; c < a.width; c += step) {
-    const float centred = load_one(a.x, n, c) - mean;
-    square += centred * centred;
-  }
-  const float rstd = 1.0f / sqrtf(team_sum(square, scratch, 1) * inverse + a.eps);
-  write_statistics(a, n, mean, rstd);
+  const auto [mean, rstd] =
+      row_statistics(a, n, [&](int c) { return load_one(a.x, n, c); }, scratch);
   const int64_t row = row_of(a.rows, n);
-  for (int c = first; c < a.width; c += step) {
-    float v[1] = {(load_one(a.x, n, c) - mean) * rstd};
-    write<void, 1>(a, n, row, c, TypedLaw{a.law, a.out_type}, v);
+  for (int c = threadIdx.x; c < a.width; c += blockDim.x) {
+    float v[1] = {load_one(a.x, n, c) - mean};
+    write<void, 1>(a, n, row, c, rstd, TypedLaw{a.law, a.out_type}, v);
   }
 }
 
