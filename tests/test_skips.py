@@ -19,7 +19,8 @@ def test_only_expected_reasons_may_skip(tmp_path: Path, reason: str, code: int) 
     )
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--strict-skips", "-p", "no:cacheprovider", "."],
-        cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""},
+        cwd=tmp_path, capture_output=True, text=True,
+        env={"PATH": "", "PYTHONPATH": str(CONFTEST.parents[1])},
     )  # fmt: skip
     assert run.returncode == code, run.stdout + run.stderr
     assert ("1 skipped without an expected reason: a part is missing" in run.stdout) == bool(code)
