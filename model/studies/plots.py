@@ -32,10 +32,10 @@ def bars(axes: Any, values: Mapping[str, Sequence[float]], title: str) -> None:
     for place, (label, runs) in enumerate(values.items()):
         mean = sum(runs) / len(runs)
         spread = [[mean - min(runs)], [max(runs) - mean]]
-        axes.barh(place, mean, xerr=spread, color=f"C{place}", capsize=2)
-        axes.text(0, place, f" {label}: {mean:.3g}", va="center", fontsize=7)
+        axes.barh(place, mean, height=0.6, xerr=spread, color=f"C{place}", capsize=2)
+        axes.text(0, place - 0.32, f" {label}: {mean:.3g}", va="bottom", fontsize=7)
     axes.set(yticks=[], xlabel=title)
-    axes.invert_yaxis()
+    axes.set_ylim(len(values) - 0.6, -0.7)
 
 
 def save(fig: Any, path: Path) -> None:
