@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 
@@ -26,13 +26,10 @@ INTERPRETER_WARNINGS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton") is not None:
+        remember_builtins()
     for line in INTERPRETER_WARNINGS:
         config.addinivalue_line("filterwarnings", rf"{line}:triton\.runtime\.interpreter")
-
-
-def pytest_runtest_setup() -> None:
-    if "triton.runtime.interpreter" in sys.modules:
-        remember_builtins()
 
 
 def expected_skips() -> set[str]:
