@@ -12,14 +12,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from model.checkpoint import read_tensors
-from model.config import DITS, MODES, TrainConfig, WorldConfig
-from model.data import LatentCache, build_cache
+from model.config import TrainConfig, WorldConfig
+from model.data import LatentCache
 from model.dit import DiT
 from model.stack import Stack
 from model.studies.looking import Validation, answers, asks, attributes
+from model.studies.making import encoded, new_dit
 from model.studies.runs import STATE, Arm, Row
 from model.text import Vocabulary
 from model.train import Trainer
@@ -37,14 +36,12 @@ FACTORS = {"1x": 1, "4x": 4, "16x": 16}
 
 def caches(vae: VideoVAE, seed: int, clips: int) -> LatentCache:
     """Clips of the study's world, encoded."""
-    with torch.no_grad():
-        words = Vocabulary(VOCABULARY)
-        return build_cache(vae.encode, WORLD, MODES["text"][:1], clips, seed, words, 48)
+    return encoded(vae.encode, WORLD, seed, clips)
 
 
 def trainer(steps: int, cache: Callable[[int], LatentCache], seed: int) -> Trainer:
     """A fresh trainer of a run of `steps` steps."""
-    model = DiT(replace(DITS[CONFIG.dit], vocabulary=len(Vocabulary(VOCABULARY))))
+    model = new_dit(CONFIG.dit)
     return Trainer(model, replace(CONFIG, steps=steps, seed=seed), cache(seed))
 
 
@@ -70,7 +67,7 @@ def samples(vae: VideoVAE, folders: list[Path], path: Path) -> None:
     made = []
     for folder in folders:
         tensors, _ = read_tensors(folder / STATE)
-        model = DiT(replace(DITS[CONFIG.dit], vocabulary=len(vocabulary)))
+        model = new_dit(CONFIG.dit)
         prefix = "average."
         model.load_state_dict(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

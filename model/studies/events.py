@@ -11,17 +11,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from model.config import DITS, MODES, TrainConfig, WorldConfig
-from model.data import LatentCache, build_cache
+from model.config import TrainConfig, WorldConfig
+from model.data import LatentCache
 from model.dit import DiT
 from model.evaluate import in_packs
 from model.oracle import read
 from model.scoring import estimate, measure
 from model.stack import CHECKPOINT, Stack
 from model.studies.looking import SAMPLING, Validation
+from model.studies.making import encoded, new_dit
 from model.studies.runs import Arm, Row
 from model.suites import SUITES, Item, items_of, job_of, round_trip
 from model.text import Vocabulary
@@ -47,15 +47,13 @@ METRICS = ("all", "event_happened", "event_right")
 
 def caches(vae: VideoVAE, seed: int, clips: int) -> LatentCache:
     """Clips of the study's world, encoded."""
-    with torch.no_grad():
-        words = Vocabulary(VOCABULARY)
-        return build_cache(vae.encode, WORLD, MODES["text"][:1], clips, seed, words, 48)
+    return encoded(vae.encode, WORLD, seed, clips)
 
 
 def trainer(cache: Callable[[int], LatentCache], seed: int) -> Trainer:
     """The shipped checkpoint, ready to go on."""
     vocabulary = Vocabulary(VOCABULARY)
-    model = DiT(replace(DITS[CONFIG.dit], vocabulary=len(vocabulary)))
+    model = new_dit(CONFIG.dit)
     start_from(model, vocabulary, CHECKPOINT)
     return Trainer(model, replace(CONFIG, seed=seed), cache(seed))
 

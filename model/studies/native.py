@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.config import DITS, MODES, TrainConfig, WorldConfig
-from model.data import LatentCache, build_cache
+from model.config import TrainConfig, WorldConfig
+from model.data import LatentCache
 from model.dit import DiT
 from model.stack import Stack
 from model.studies.looking import Ask, Validation, answers, asks, attributes, framed
+from model.studies.making import encoded, new_dit
 from model.studies.runs import Arm, Row
 from model.text import Vocabulary
 from model.train import Trainer
@@ -51,14 +52,12 @@ def caches(vae: VideoVAE, arm: str, seed: int, clips: int) -> LatentCache:
     def encode(videos: Tensor) -> Tensor:
         return vae.encode(centre_square(videos) if arm == "cropped" else videos)
 
-    with torch.no_grad():
-        words = Vocabulary(VOCABULARY)
-        return build_cache(encode, WORLD, MODES["text"][:1], clips, seed, words, 48)
+    return encoded(encode, WORLD, seed, clips)
 
 
 def trainer(arm: str, cache: Callable[[str, int], LatentCache], seed: int) -> Trainer:
     """A fresh trainer of an arm."""
-    model = DiT(replace(DITS[CONFIG.dit], vocabulary=len(Vocabulary(VOCABULARY))))
+    model = new_dit(CONFIG.dit)
     return Trainer(model, replace(CONFIG, seed=seed), cache(arm, seed))
 
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_dit import Clip, PlainDiT
-from model.config import DITS, MODES, TrainConfig, WorldConfig
-from model.data import Batch, LatentCache, build_cache
+from model.config import TrainConfig, WorldConfig
+from model.data import Batch, LatentCache
 from model.dit import DiT
 from model.stack import Stack
 from model.studies.looking import Validation, answers, asks, attributes
+from model.studies.making import encoded, new_dit
 from model.studies.runs import Arm, Row
 from model.text import NO_PROMPT, Vocabulary
 from model.train import Trainer, packed_velocity
@@ -113,16 +114,13 @@ def plain_velocity(way: str) -> Callable[[DiT, Batch], list[Tensor]]:
 
 def caches(vae: VideoVAE, seed: int, clips: int) -> LatentCache:
     """Clips of the study's world, encoded."""
-    vocabulary = Vocabulary(VOCABULARY)
-    with torch.no_grad():
-        cache = build_cache(vae.encode, WORLD, MODES["text"][:1], clips, seed, vocabulary, 48)
-    return equal_captions(cache, NO_PROMPTS, seed)
+    return equal_captions(encoded(vae.encode, WORLD, seed, clips), NO_PROMPTS, seed)
 
 
 def trainer(way: str, cache: Callable[[int], LatentCache], seed: int) -> Trainer:
     """A fresh trainer that batches in `way`."""
     given = cache(seed)
-    model = DiT(replace(DITS[CONFIG.dit], vocabulary=len(Vocabulary(VOCABULARY))))
+    model = new_dit(CONFIG.dit)
     packs = None
     if way == "bucketed":
         packs = Buckets(given, given.tokens(model.config.patch), CONFIG.tokens, seed)
