@@ -25,6 +25,15 @@ def load_f32(pointers, mask):
 
 
 @triton.jit
+def load_or(vector_ptr, cols, mask, absent: tl.constexpr):
+    """A vector ``[D]``, widened; the number ``absent`` if there is none."""
+    value = absent
+    if vector_ptr is not None:
+        value = load_f32(vector_ptr + cols, mask)
+    return value
+
+
+@triton.jit
 def load_modulation(
     matrix_ptr, table_ptr, offsets, cols, mask, cols_mask, LAW: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip

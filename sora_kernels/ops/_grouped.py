@@ -76,6 +76,21 @@ def row_bounds(row, offsets_ptr, tokens_per_row):
 
 
 @triton.jit
+def run_at(
+    position, end, order_ptr, index_ptr, offsets_ptr, tokens_per_row, GROUPED: tl.constexpr
+):  # fmt: skip
+    """The row of the sorted token at `position`, its bounds, and where its tokens end within the
+    block. Without modulations (not GROUPED) the whole block is one run."""
+    row = position * 0
+    first, last = position, end
+    if GROUPED:
+        row = row_of(sorted_token(position, order_ptr), index_ptr, tokens_per_row)
+        first, last = row_bounds(row, offsets_ptr, tokens_per_row)
+    # never less than one token: damaged offsets must not hang a GPU
+    return row, first, last, tl.maximum(tl.minimum(last, end), position + 1)
+
+
+@triton.jit
 def flush(total, row, first, last, start, end, block, grad_ptr, partial_ptr, width, cols, mask):
     """Stores the running sum of one row where stage two will look for it."""
     whole = (first >= start) & (last <= end)
@@ -103,6 +118,22 @@ def flush_four(
     if D:
         flush(d, row, first, last, start, end, block, d_ptr, partial_ptr + 3 * share, width, cols,
               mask)  # fmt: skip
+
+
+@triton.jit
+def store_four(
+    a, b, c, d, a_ptr, b_ptr, c_ptr, d_ptr, offsets, mask,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Up to four gradients of a row that is one token."""
+    if A:
+        tl.store(a_ptr + offsets, a, mask=mask)
+    if B:
+        tl.store(b_ptr + offsets, b, mask=mask)
+    if C:
+        tl.store(c_ptr + offsets, c, mask=mask)
+    if D:
+        tl.store(d_ptr + offsets, d, mask=mask)
 
 
 @triton.jit

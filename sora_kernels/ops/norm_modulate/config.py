@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .._config import MAX_WIDTH, ForwardConfig, block_tokens, forward_rows, next_power_of_2
+from .._config import (
+    MAX_WIDTH,
+    ForwardConfig,
+    block_tokens,
+    forward_rows,
+    load_stages,
+    next_power_of_2,
+)
 from .._tables import Chip, chip_of, tuned
 
 __all__ = ["MAX_WIDTH", "BackwardConfig", "backward", "chip_of", "forward"]
@@ -14,6 +21,7 @@ class BackwardConfig(NamedTuple):
     block_d: int
     block_tokens: int  # sorted tokens per program; fixes the order of summation
     num_warps: int
+    num_stages: int  # of the loop over tokens
 
 
 def forward(width: int, chip: Chip | None = None) -> ForwardConfig:
@@ -22,14 +30,19 @@ def forward(width: int, chip: Chip | None = None) -> ForwardConfig:
     return tuned("norm_modulate", "forward", forward_rows(width), fields, chip, width=width)
 
 
-def backward(tokens: int, width: int, sums: int, chip: Chip | None = None) -> BackwardConfig:
-    """``sums``: how many running sums of length D a program keeps in registers.
+def backward(
+    tokens: int, width: int, each: bool, streams: int, itemsize: int, chip: Chip | None = None
+) -> BackwardConfig:
+    """Eight fp32 values per array and thread (sixteen of rows above 4096): x, dy and the sums must
+    all fit its registers.
 
-    At most about 16 fp32 values per array and thread: x, dy, xhat and the sums must all fit.
+    Args:
+        each: whether every token has a modulation row of its own.
+        streams: how many rows of D numbers, ``itemsize`` bytes each, a token reads.
     """
     block_d = max(next_power_of_2(width), 16)
-    per_thread = 16 if sums <= 2 else 8
-    num_warps = min(max(block_d // (32 * per_thread), 1), 32)
-    default = BackwardConfig(block_d, block_tokens(tokens), num_warps)
-    shape = {"width": width, "sums": sums}
-    return tuned("norm_modulate", "backward", default, ("num_warps",), chip, **shape)
+    num_warps = min(max(block_d // (32 * 8), 1), 16)
+    stages = load_stages(streams * block_d * itemsize)
+    default = BackwardConfig(block_d, block_tokens(tokens), num_warps, stages)
+    shape = {"width": width, "each": each}
+    return tuned("norm_modulate", "backward", default, ("num_warps", "num_stages"), chip, **shape)

@@ -28,7 +28,7 @@ from .kernels_bwd import (
     DSHIFT2,
     DWEIGHT,
     DX,
-    backward_case,
+    backward_cases,
     norm_modulate_bwd_kernel,
 )
 
@@ -195,8 +195,12 @@ def backward(
     dshift2 = modulation_grad(x, needs & DSHIFT2, shift2, None)
     dscale2 = modulation_grad(x, needs & DSCALE2, scale2, None)
     modulations = (dshift, dscale, dshift2, dscale2)
-    sums = sum(g.numel() > 0 for g in modulations) + bin(needs & (DWEIGHT | DBIAS)).count("1")
-    block_d, block_tokens, num_warps = config.backward(tokens, width, sums, config.chip_of(x))
+    modulated = scale is not None or scale2 is not None or any(g.numel() > 0 for g in modulations)
+    each = modulated and index is None and tokens_per_row == 1
+    streams = 2 + (dy2 is not None) + each * ((scale is not None) + (scale2 is not None))
+    block_d, block_tokens, num_warps, stages = config.backward(
+        tokens, width, each, streams, x.element_size(), config.chip_of(x)
+    )
     blocks = triton.cdiv(tokens, block_tokens)
 
     dx = x.new_empty(x.shape) if needs & DX else x.new_empty(0, dtype=torch.float32)
@@ -240,7 +244,9 @@ def backward(
         block_tokens,
         NEEDS=needs,
         LAW=law,
+        EACH=each,
         BLOCK_D=block_d,
+        STAGES=stages,
         num_warps=num_warps,
         num_stages=1,
         enable_fp_fusion=law == 0,
@@ -290,5 +296,5 @@ def aot_cases() -> list[AotCase]:
                     enable_fp_fusion=law == 0,
                 )
             )
-        cases.append(backward_case(width))
+        cases.extend(backward_cases(width))
     return cases

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from ...aot import AotCase
-from .._device import XHAT, affine, load_f32, load_one_plus
-from .._grouped import flush_four, round_if, row_bounds, row_of, sorted_token, token_offset
+from .._device import AFFINE, XHAT, load_f32, load_one_plus, load_or
+from .._grouped import flush_four, round_if, run_at, sorted_token, store_four, token_offset
 from . import config
 
 # Which gradients the backward computes; the bits of `needs`, in the order of its results.
@@ -15,6 +15,49 @@ DX, DWEIGHT, DBIAS, DSHIFT, DSCALE, DSHIFT2, DSCALE2 = (1 << i for i in range(7)
 _DX, _DWEIGHT, _DBIAS = tl.constexpr(DX), tl.constexpr(DWEIGHT), tl.constexpr(DBIAS)
 _DSHIFT, _DSCALE = tl.constexpr(DSHIFT), tl.constexpr(DSCALE)
 _DSHIFT2, _DSCALE2 = tl.constexpr(DSHIFT2), tl.constexpr(DSCALE2)
+_MODULATIONS = tl.constexpr(DSHIFT | DSCALE | DSHIFT2 | DSCALE2)
+
+
+@triton.jit
+def _one_plus(
+    scale_ptr, table_ptr, offset, cols, mask, LAW: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
+    """1 + scale of one row, or 1."""
+    factor = 1.0
+    if scale_ptr is not None:
+        factor = load_one_plus(scale_ptr, table_ptr, offset + cols, cols, mask, mask, LAW, dtype)
+    return factor
+
+
+@triton.jit
+def _token(
+    n, dy_ptr, dy_offset, dy2_ptr, dy2_offset, x_ptr, x_offset, mean_ptr, rstd_ptr, weight,
+    bias, one_plus, one_plus2, dx_ptr, width, cols, mask, NEEDS: tl.constexpr,
+    LAW: tl.constexpr,
+):  # fmt: skip
+    """Stores dx of token n; returns what it adds to dshift, dscale, dshift2, dscale2, dweight and
+    dbias."""
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    x = load_f32(x_ptr + x_offset + cols, mask)
+    dy = load_f32(dy_ptr + dy_offset + cols, mask)
+    if mean_ptr is not None:
+        x = tl.where(mask, x - tl.load(mean_ptr + n), 0.0)
+    rstd = tl.load(rstd_ptr + n)
+    xhat = x * rstd
+    rounded = round_if(xhat, LAW, XHAT, dtype)
+    normed = round_if(rounded * weight + bias, LAW, AFFINE, dtype)
+    dnormed = dy * one_plus
+    dy2 = 0.0
+    if dy2_ptr is not None:
+        dy2 = load_f32(dy2_ptr + dy2_offset + cols, mask)
+        dnormed += dy2 * one_plus2
+    if _DX & NEEDS:
+        dxhat = dnormed * weight
+        dx = dxhat - xhat * (tl.sum(dxhat * xhat, axis=0) / width)
+        if mean_ptr is not None:
+            dx -= tl.sum(dxhat, axis=0) / width
+        tl.store(dx_ptr + n * width + cols, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=mask)
+    return dy, dy * normed, dy2, dy2 * normed, dnormed * rounded, dnormed
 
 
 @triton.jit
@@ -55,85 +98,92 @@ def norm_modulate_bwd_kernel(
     block_tokens,
     NEEDS: tl.constexpr,
     LAW: tl.constexpr,
+    EACH: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx and the running sums of all other gradients, over one block of sorted tokens.
 
     With n = xhat * weight + bias and g = dy * (1 + scale): dshift += dy, dscale += dy * n,
     dweight += g * xhat, dbias += g, and for h = g * weight
     dx = rstd * (h - mean(h) - xhat * mean(h * xhat))   (RMS: without mean(h)).
+
+    A block is walked run by run: the tokens of one modulation row. Within a run nothing but the
+    streams changes, so its loop is pipelined: the loads of the next tokens are under way, in shared
+    memory, while this one is reduced. With EACH every token has a row of its own, no sums, and the
+    modulations are streams too.
     """
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    grouped: tl.constexpr = (
+        scale_ptr is not None or scale2_ptr is not None or (_MODULATIONS & NEEDS) != 0
+    )
     block = tl.program_id(0).to(tl.int64)
     start = block * block_tokens
     end = tl.minimum(start + block_tokens, tokens)
     cols = tl.arange(0, BLOCK_D)
     mask = cols < width
     share = tl.num_programs(0).to(tl.int64) * 2 * width  # one gradient's part of the partials
-    dshift = tl.zeros([BLOCK_D], dtype=tl.float32)
-    dscale = tl.zeros([BLOCK_D], dtype=tl.float32)
-    dshift2 = tl.zeros([BLOCK_D], dtype=tl.float32)
-    dscale2 = tl.zeros([BLOCK_D], dtype=tl.float32)
     dweight = tl.zeros([BLOCK_D], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_D], dtype=tl.float32)
+    weight = load_or(weight_ptr, cols, mask, 1.0)
+    bias = load_or(bias_ptr, cols, mask, 0.0)
 
-    for i in range(end - start):
-        position = start + i
-        n = sorted_token(position, order_ptr)
-        row = row_of(n, index_ptr, tokens_per_row)
-        first, last = row_bounds(row, offsets_ptr, tokens_per_row)
-        x_offset = token_offset(n, per_batch, x_batch_stride, x_token_stride)
-        dy_offset = token_offset(n, per_batch, dy_batch_stride, dy_token_stride)
-        x = load_f32(x_ptr + x_offset + cols, mask)
-        dy = load_f32(dy_ptr + dy_offset + cols, mask)
-        if mean_ptr is not None:
-            x = tl.where(mask, x - tl.load(mean_ptr + n), 0.0)
-        rstd = tl.load(rstd_ptr + n)
-        xhat = x * rstd
-        rounded = round_if(xhat, LAW, XHAT, dtype)
-        normed = affine(rounded, weight_ptr, bias_ptr, cols, mask, LAW, dtype)
-
-        dnormed = dy
-        if scale_ptr is not None:
-            offsets = row * scale_stride + cols
-            dnormed *= load_one_plus(
-                scale_ptr, scale_table_ptr, offsets, cols, mask, mask, LAW, dtype
+    if EACH:
+        for i in tl.range(0, (end - start).to(tl.int32), num_stages=STAGES):
+            n = start + i
+            dshift, dscale, dshift2, dscale2, dw, db = _token(
+                n,
+                dy_ptr, token_offset(n, per_batch, dy_batch_stride, dy_token_stride),
+                dy2_ptr, token_offset(n, per_batch, dy2_batch_stride, dy2_token_stride),
+                x_ptr, token_offset(n, per_batch, x_batch_stride, x_token_stride),
+                mean_ptr, rstd_ptr, weight, bias,
+                _one_plus(scale_ptr, scale_table_ptr, n * scale_stride, cols, mask, LAW, dtype),
+                _one_plus(scale2_ptr, None, n * scale2_stride, cols, mask, LAW, dtype),
+                dx_ptr, width, cols, mask, NEEDS, LAW,
+            )  # fmt: skip
+            dweight += dw
+            dbias += db
+            store_four(
+                dshift, dscale, dshift2, dscale2, dshift_ptr, dscale_ptr, dshift2_ptr, dscale2_ptr,
+                n * width + cols, mask,
+                _DSHIFT & NEEDS, _DSCALE & NEEDS, _DSHIFT2 & NEEDS, _DSCALE2 & NEEDS,
+            )  # fmt: skip
+    else:
+        position = start
+        while position < end:
+            row, first, last, stop = run_at(
+                position, end, order_ptr, index_ptr, offsets_ptr, tokens_per_row, grouped
             )
-        dshift += dy
-        dscale += dy * normed
-        if dy2_ptr is not None:
-            dy2_offset = token_offset(n, per_batch, dy2_batch_stride, dy2_token_stride)
-            dy2 = load_f32(dy2_ptr + dy2_offset + cols, mask)
-            dshift2 += dy2
-            dscale2 += dy2 * normed
-            if scale2_ptr is not None:
-                offsets2 = row * scale2_stride + cols
-                dy2 *= load_one_plus(scale2_ptr, None, offsets2, cols, mask, mask, LAW, dtype)
-            dnormed += dy2
-        if _DWEIGHT & NEEDS:
-            dweight += dnormed * rounded
-        if _DBIAS & NEEDS:
-            dbias += dnormed
-        if _DX & NEEDS:
-            dxhat = dnormed
-            if weight_ptr is not None:
-                dxhat *= load_f32(weight_ptr + cols, mask)
-            dx = dxhat - xhat * (tl.sum(dxhat * xhat, axis=0) / width)
-            if mean_ptr is not None:
-                dx -= tl.sum(dxhat, axis=0) / width
-            tl.store(dx_ptr + n * width + cols, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=mask)
-
-        # The row ends here, or the block does: store its sums and start anew.
-        if (position + 1 == end) | (position + 1 == last):
+            one_plus = _one_plus(
+                scale_ptr, scale_table_ptr, row * scale_stride, cols, mask, LAW, dtype
+            )
+            one_plus2 = _one_plus(scale2_ptr, None, row * scale2_stride, cols, mask, LAW, dtype)
+            dshift = tl.zeros([BLOCK_D], dtype=tl.float32)
+            dscale = tl.zeros([BLOCK_D], dtype=tl.float32)
+            dshift2 = tl.zeros([BLOCK_D], dtype=tl.float32)
+            dscale2 = tl.zeros([BLOCK_D], dtype=tl.float32)
+            for i in tl.range(0, (stop - position).to(tl.int32), num_stages=STAGES):
+                n = sorted_token(position + i, order_ptr)
+                dsh, dsc, dsh2, dsc2, dw, db = _token(
+                    n,
+                    dy_ptr, token_offset(n, per_batch, dy_batch_stride, dy_token_stride),
+                    dy2_ptr, token_offset(n, per_batch, dy2_batch_stride, dy2_token_stride),
+                    x_ptr, token_offset(n, per_batch, x_batch_stride, x_token_stride),
+                    mean_ptr, rstd_ptr, weight, bias, one_plus, one_plus2,
+                    dx_ptr, width, cols, mask, NEEDS, LAW,
+                )  # fmt: skip
+                dshift += dsh
+                dscale += dsc
+                dshift2 += dsh2
+                dscale2 += dsc2
+                dweight += dw
+                dbias += db
             flush_four(
                 dshift, dscale, dshift2, dscale2, dshift_ptr, dscale_ptr, dshift2_ptr, dscale2_ptr,
                 row, first, last, start, end, block, partial_ptr, share, width, cols, mask,
                 _DSHIFT & NEEDS, _DSCALE & NEEDS, _DSHIFT2 & NEEDS, _DSCALE2 & NEEDS,
             )  # fmt: skip
-            dshift = tl.zeros([BLOCK_D], dtype=tl.float32)
-            dscale = tl.zeros([BLOCK_D], dtype=tl.float32)
-            dshift2 = tl.zeros([BLOCK_D], dtype=tl.float32)
-            dscale2 = tl.zeros([BLOCK_D], dtype=tl.float32)
+            position = stop
 
     if _DWEIGHT & NEEDS:
         tl.store(dweight_partial_ptr + block * width + cols, dweight, mask=mask)
@@ -141,25 +191,40 @@ def norm_modulate_bwd_kernel(
         tl.store(dbias_partial_ptr + block * width + cols, dbias, mask=mask)
 
 
-def backward_case(width: int) -> AotCase:
+def backward_cases(width: int) -> list[AotCase]:
+    """Shift and scale of a packed batch, and of every token."""
+    return [_backward_case(width, each) for each in ((False, True) if width == 1536 else (False,))]
+
+
+def _backward_case(width: int, each: bool) -> AotCase:
     needs = DX | DSHIFT | DSCALE
-    block_d, _, num_warps = config.backward(32768, width, sums=2)
+    block_d, _, num_warps, stages = config.backward(32768, width, each, 3 if each else 2, 2)
     pointers = {
         "dy_ptr": "*bf16", "x_ptr": "*bf16", "mean_ptr": "*fp32", "rstd_ptr": "*fp32",
-        "scale_ptr": "*bf16", "index_ptr": "*i32", "offsets_ptr": "*i32", "dx_ptr": "*bf16",
-        "dshift_ptr": "*bf16", "dscale_ptr": "*bf16", "partial_ptr": "*fp32",
+        "scale_ptr": "*bf16", "dx_ptr": "*bf16", "dshift_ptr": "*bf16", "dscale_ptr": "*bf16",
     }  # fmt: skip
+    rows = {"index_ptr": "*i32", "offsets_ptr": "*i32", "partial_ptr": "*fp32"}
+    if not each:
+        pointers |= rows
     absent = ("dy2_ptr", "weight_ptr", "bias_ptr", "scale_table_ptr", "scale2_ptr", "order_ptr",
-              "dweight_partial_ptr", "dbias_partial_ptr", "dshift2_ptr", "dscale2_ptr")  # fmt: skip
+              "dweight_partial_ptr", "dbias_partial_ptr", "dshift2_ptr", "dscale2_ptr",
+              *(rows if each else ()))  # fmt: skip
     strides = ("dy_batch_stride", "dy_token_stride", "x_batch_stride", "x_token_stride",
                "scale_stride")  # fmt: skip
     integers = ("tokens", "width", "per_batch", *strides, "dy2_batch_stride", "dy2_token_stride",
                 "scale2_stride", "tokens_per_row", "block_tokens")  # fmt: skip
     return AotCase(
-        name=f"norm_modulate_bwd_d{width}",
+        name=f"norm_modulate_bwd_d{width}" + ("_each" if each else ""),
         kernel=norm_modulate_bwd_kernel,
         signature={**pointers, **dict.fromkeys(integers, "i32")},
-        constexprs={**dict.fromkeys(absent), "NEEDS": needs, "LAW": 0, "BLOCK_D": block_d},
+        constexprs={
+            **dict.fromkeys(absent),
+            "NEEDS": needs,
+            "LAW": 0,
+            "EACH": each,
+            "BLOCK_D": block_d,
+            "STAGES": stages,
+        },
         num_warps=num_warps,
         num_stages=1,
         memory_bound=True,
