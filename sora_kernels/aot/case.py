@@ -16,6 +16,7 @@ class AotCase:
     signature: type of every run-time argument, e.g. `{"x_ptr": "*bf16", "n": "i32"}`.
     constexprs: value of every compile-time argument.
     memory_bound: the kernel must load and store at least 16 bytes per thread at a time.
+    maxnreg: most registers per thread that the compiler may use, as given at launch.
     dots: number of `tl.dot` in the kernel; each must become a tensor-core instruction.
     descriptors: number of loads by tensor descriptors; each must become a TMA instruction.
     divisible: arguments (pointers, strides, sizes) that are multiples of 16 in production.
@@ -29,6 +30,7 @@ class AotCase:
     constexprs: Mapping[str, object] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 1
+    maxnreg: int | None = None
     memory_bound: bool = True
     dots: int = 0
     descriptors: int = 0
@@ -52,7 +54,8 @@ class AotCase:
     @property
     def config(self) -> str:
         parts = [f"{k}={_short(v)}" for k, v in self.constexprs.items()]
-        return " ".join([*parts, f"warps={self.num_warps}", f"stages={self.num_stages}"])
+        parts += [f"warps={self.num_warps}", f"stages={self.num_stages}"]
+        return " ".join([*parts, *([f"maxnreg={self.maxnreg}"] if self.maxnreg else [])])
 
 
 def _short(value: object) -> str:

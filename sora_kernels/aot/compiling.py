@@ -41,6 +41,7 @@ def compile_case(case: AotCase, arch: int) -> Compiled:
     options = {
         "num_warps": case.num_warps,
         "num_stages": case.num_stages,
+        "maxnreg": case.maxnreg,
         "enable_fp_fusion": case.enable_fp_fusion,
     }
     # Triton already runs `ptxas -v`; its report is kept only when asked for, and only when the
@@ -77,6 +78,7 @@ def cache_key(case: AotCase, arch: int) -> str:
         case.num_warps,
         case.num_stages,
         case.enable_fp_fusion,
+        *([case.maxnreg] if case.maxnreg else []),
     ]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 

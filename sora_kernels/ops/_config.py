@@ -15,7 +15,7 @@ MAX_WIDTH = 16384  # beyond this a row no longer fits the registers of one progr
 
 MAX_PROGRAMS = 1024  # of a backward: enough to fill any chip, few enough partial sums
 
-STAGE_BYTES = 64 * 1024  # of shared memory that a pipelined loop may fill with loads under way
+STAGE_BYTES = 96 * 1024  # of shared memory for loads under way: all that an RTX 4090 or 5090 has
 
 
 def next_power_of_2(n: int) -> int:

@@ -1,10 +1,13 @@
-"""Triton device functions of the modulated ops: loads, modulations, tanh, the points of a law."""
+"""Triton device functions of the modulated ops: loads, modulations, e^x and what is made of it
+(sigmoid, tanh), the points of a law."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
+from ..backend import interpreting
 from ..laws import Point
 from ._grouped import round_if
 
@@ -16,6 +19,38 @@ PRODUCT = tl.constexpr(int(Point.PRODUCT))
 TANH = tl.constexpr(int(Point.TANH))
 GATED = tl.constexpr(int(Point.GATED))
 RESIDUAL = tl.constexpr(int(Point.RESIDUAL))
+_INTERPRETED = tl.constexpr(interpreting())
+
+
+@triton.jit
+def exp(v):
+    """e^v, two instructions; results below 2^-126 become 0.
+
+    `tl.exp` keeps those, at five instructions. The interpreter has no libdevice.
+    """
+    if _INTERPRETED:
+        result = tl.exp(v)
+    else:
+        result = libdevice.fast_expf(v)
+    return result
+
+
+@triton.jit
+def divide(a, b):
+    """a / b to 2 ulp, two instructions, for 2^-126 <= abs(b); 0 where abs(b) > 2^126.
+
+    `/` scales such divisors first, at seven instructions.
+    """
+    if _INTERPRETED:
+        result = a / b
+    else:
+        result = libdevice.fast_dividef(a, b)
+    return result
+
+
+@triton.jit
+def sigmoid(v):
+    return divide(1.0, 1.0 + exp(-v))
 
 
 @triton.jit
@@ -25,12 +60,33 @@ def load_f32(pointers, mask):
 
 
 @triton.jit
-def load_or(vector_ptr, cols, mask, absent: tl.constexpr):
-    """A vector ``[D]``, widened; the number ``absent`` if there is none."""
-    value = absent
-    if vector_ptr is not None:
-        value = load_f32(vector_ptr + cols, mask)
-    return value
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def row_sums(a, b, TWO: tl.constexpr):
+    """The sums of a and (TWO, else 0) of b over a row, in one reduction: every reduction of a
+    program costs three barriers. The interpreter is quick with `tl.sum` only."""
+    if not TWO:
+        first, second = tl.sum(a, axis=0), -0.0
+    elif _INTERPRETED:
+        first, second = tl.sum(a, axis=0), tl.sum(b, axis=0)
+    else:
+        first, second = tl.reduce((a, b), 0, _add_pairs)
+    return first, second
+
+
+@triton.jit
+def load_vectors(weight_ptr, bias_ptr, cols, mask):
+    """weight and bias ``[D]``, widened; 1 and -0 (which change no number) where one is absent."""
+    weight = 1.0
+    bias = -0.0
+    if weight_ptr is not None:
+        weight = load_f32(weight_ptr + cols, mask)
+    if bias_ptr is not None:
+        bias = load_f32(bias_ptr + cols, mask)
+    return weight, bias
 
 
 @triton.jit
@@ -88,7 +144,7 @@ def tanh(v):
     """tanh to fp32 rounding, near zero too (where zero-initialised gates begin).
 
     Near zero v + v^3 P(v^2) with P fitted to least relative error on [0, 0.65], else
-    1 - 2 / (e^2|v| + 1).
+    1 - 2 e^-2|v| / (1 + e^-2|v|).
     """
     z = v * v
     p = 0.020483316 - 0.0055286332 * z
@@ -96,7 +152,7 @@ def tanh(v):
     p = 0.133309 + p * z
     p = -0.33333263 + p * z
     a = tl.abs(v)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.where(a < 10.0, a, 10.0)) + 1.0)
+    e = exp(-2.0 * a)
+    far = 1.0 - divide(2.0 * e, 1.0 + e)
     large = tl.where(v < 0.0, -far, far)
-    result = tl.where(a < 0.65, v + v * z * p, large)
-    return tl.where(v == v, result, v)  # NaN stays NaN
+    return tl.where(a < 0.65, v + v * z * p, large)

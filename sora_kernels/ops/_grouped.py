@@ -29,18 +29,25 @@ def round_if(value, LAW: tl.constexpr, POINT: tl.constexpr, dtype: tl.constexpr)
 
 @triton.jit
 def token_offset(n, per_batch, batch_stride, token_stride):
-    """Element offset of token n of a [B, L, D] tensor; all arithmetic in int64."""
-    n = n.to(tl.int64)
-    return (n // per_batch) * batch_stride + (n % per_batch) * token_stride
+    """Element offset of token n of a [B, L, D] tensor, in int64; the division is one of int32.
+    `per_batch` is L, or None where B = 1 (every pack): nothing to divide."""
+    if per_batch is None:
+        offset = n.to(tl.int64) * token_stride
+    else:
+        batch = n.to(tl.int32) // per_batch
+        token = n.to(tl.int32) - batch * per_batch
+        offset = batch.to(tl.int64) * batch_stride + token.to(tl.int64) * token_stride
+    return offset
 
 
 @triton.jit
 def row_of(n, index_ptr, tokens_per_row):
-    """Modulation row of token n."""
+    """Modulation row of token n. Tokens, rows and positions are int32 (there are fewer than 2^31):
+    half the registers of int64, which only offsets are."""
     if index_ptr is not None:
-        row = tl.load(index_ptr + n).to(tl.int64)
+        row = tl.load(index_ptr + n)
     else:
-        row = (n // tokens_per_row).to(tl.int64)
+        row = n // tokens_per_row
     return row
 
 
@@ -59,7 +66,7 @@ def sorted_token(position, order_ptr):
     """The token at a sorted position."""
     n = position
     if order_ptr is not None:
-        n = tl.load(order_ptr + position).to(tl.int64)
+        n = tl.load(order_ptr + position)
     return n
 
 
@@ -67,8 +74,8 @@ def sorted_token(position, order_ptr):
 def row_bounds(row, offsets_ptr, tokens_per_row):
     """First and one-past-last sorted position of a row."""
     if offsets_ptr is not None:
-        first = tl.load(offsets_ptr + row).to(tl.int64)
-        last = tl.load(offsets_ptr + row + 1).to(tl.int64)
+        first = tl.load(offsets_ptr + row)
+        last = tl.load(offsets_ptr + row + 1)
     else:
         first = row * tokens_per_row
         last = first + tokens_per_row
@@ -79,15 +86,15 @@ def row_bounds(row, offsets_ptr, tokens_per_row):
 def run_at(
     position, end, order_ptr, index_ptr, offsets_ptr, tokens_per_row, GROUPED: tl.constexpr
 ):  # fmt: skip
-    """The row of the sorted token at `position`, its bounds, and where its tokens end within the
-    block. Without modulations (not GROUPED) the whole block is one run."""
+    """The row of the sorted token at `position`, and where its tokens end within the block.
+    Without modulations (not GROUPED) the whole block is one run."""
     row = position * 0
-    first, last = position, end
+    stop = end
     if GROUPED:
         row = row_of(sorted_token(position, order_ptr), index_ptr, tokens_per_row)
-        first, last = row_bounds(row, offsets_ptr, tokens_per_row)
-    # never less than one token: damaged offsets must not hang a GPU
-    return row, first, last, tl.maximum(tl.minimum(last, end), position + 1)
+        _, last = row_bounds(row, offsets_ptr, tokens_per_row)
+        stop = tl.minimum(last, end)
+    return row, tl.maximum(stop, position + 1)  # damaged offsets must not hang a GPU
 
 
 @triton.jit
@@ -95,18 +102,21 @@ def flush(total, row, first, last, start, end, block, grad_ptr, partial_ptr, wid
     """Stores the running sum of one row where stage two will look for it."""
     whole = (first >= start) & (last <= end)
     slot = tl.where(first < start, 0, 1)
-    tl.store(grad_ptr + row * width + cols, total, mask=mask & whole)
-    partial = partial_ptr + (block * 2 + slot) * width + cols
+    tl.store(grad_ptr + row.to(tl.int64) * width + cols, total, mask=mask & whole)
+    partial = partial_ptr + (block * 2 + slot).to(tl.int64) * width + cols
     tl.store(partial, total, mask=mask & (whole == 0))
 
 
 @triton.jit
 def flush_four(
-    a, b, c, d, a_ptr, b_ptr, c_ptr, d_ptr, row, first, last, start, end, block, partial_ptr,
-    share, width, cols, mask,
+    a, b, c, d, a_ptr, b_ptr, c_ptr, d_ptr, row, offsets_ptr, tokens_per_row, start, end, block,
+    partial_ptr, share, width, cols, mask,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """`flush` of up to four sums; the partials of each gradient take `share` elements."""
+    """`flush` of up to four sums; the partials of each gradient take `share` elements.
+
+    Looks up the row's bounds again: they would cost the loop before it registers."""
+    first, last = row_bounds(row, offsets_ptr, tokens_per_row)
     if A:
         flush(a, row, first, last, start, end, block, a_ptr, partial_ptr, width, cols, mask)
     if B:
@@ -121,22 +131,6 @@ def flush_four(
 
 
 @triton.jit
-def store_four(
-    a, b, c, d, a_ptr, b_ptr, c_ptr, d_ptr, offsets, mask,
-    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Up to four gradients of a row that is one token."""
-    if A:
-        tl.store(a_ptr + offsets, a, mask=mask)
-    if B:
-        tl.store(b_ptr + offsets, b, mask=mask)
-    if C:
-        tl.store(c_ptr + offsets, c, mask=mask)
-    if D:
-        tl.store(d_ptr + offsets, d, mask=mask)
-
-
-@triton.jit
 def _finish_rows_kernel(
     partial_ptr,  # [blocks, 2, D] fp32
     offsets_ptr,  # [R + 1] or None
@@ -148,7 +142,7 @@ def _finish_rows_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """grad[row] = tail of its first block + heads of the others; rows without tokens get zero."""
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = cols < width
     first, last = row_bounds(row, offsets_ptr, tokens_per_row)
@@ -160,10 +154,10 @@ def _finish_rows_kernel(
             for b in range(first_block, last_block + 1, BLOCK_B):
                 blocks = b + tl.arange(0, BLOCK_B)
                 slots = tl.where(blocks == first_block, 1, 0)
-                offsets = (blocks * 2 + slots)[:, None] * width + cols[None, :]
+                offsets = (blocks * 2 + slots).to(tl.int64)[:, None] * width + cols[None, :]
                 inside = (blocks <= last_block)[:, None] & mask[None, :]
                 total += tl.sum(tl.load(partial_ptr + offsets, mask=inside, other=0.0), axis=0)
-        tl.store(grad_ptr + row * width + cols, total, mask=mask)
+        tl.store(grad_ptr + row.to(tl.int64) * width + cols, total, mask=mask)
 
 
 def new_partials(

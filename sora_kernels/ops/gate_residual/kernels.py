@@ -23,6 +23,7 @@ from .._grouped import (
 from .._launch import (
     launch,
     modulation_grad,
+    per_batch,
     row_stride,
     token_strides,
     vector_grad,
@@ -49,7 +50,7 @@ def _gate_residual_fwd_kernel(
     rstd_ptr,  # [N] fp32, with a norm only
     tokens,
     width,
-    per_batch,  # L
+    per_batch,  # L, None if B = 1
     x_batch_stride,
     x_token_stride,
     y_batch_stride,
@@ -236,7 +237,7 @@ def forward(
         rstd if norm else None,
         tokens,
         width,
-        length,
+        per_batch(x),
         *token_strides(x),
         *token_strides(y),
         row_stride(gate),
@@ -308,7 +309,7 @@ def backward(
         partial,
         tokens,
         width,
-        length,
+        per_batch(dout),
         *token_strides(dout),
         *token_strides(y),
         row_stride(gate),
@@ -378,10 +379,10 @@ def _backward_case(width: int, sandwich: bool) -> AotCase:
     if sandwich:
         pointers |= {"rstd_ptr": "*fp32"}
     absent = ("mean_ptr", "rstd_ptr", "gate_table_ptr", "weight_ptr", "order_ptr",
-              "dweight_partial_ptr")  # fmt: skip
+              "dweight_partial_ptr", "per_batch")  # fmt: skip
     strides = ("dout_batch_stride", "dout_token_stride", "y_batch_stride", "y_token_stride",
                "gate_stride")  # fmt: skip
-    integers = ("tokens", "width", "per_batch", *strides, "tokens_per_row", "block_tokens")
+    integers = ("tokens", "width", *strides, "tokens_per_row", "block_tokens")
     return AotCase(
         name=_case_name("bwd", width, sandwich),
         kernel=_gate_residual_bwd_kernel,

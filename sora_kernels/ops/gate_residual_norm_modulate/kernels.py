@@ -13,6 +13,7 @@ from .._grouped import finish_rows, new_partials, round_if, rows_of, token_offse
 from .._launch import (
     launch,
     modulation_grad,
+    per_batch,
     row_stride,
     token_strides,
     vector_grad,
@@ -70,7 +71,7 @@ def _gate_residual_norm_modulate_fwd_kernel(
     rstd_ptr,  # [N] fp32
     tokens,
     width,
-    per_batch,  # L
+    per_batch,  # L, None if B = 1
     x_batch_stride,
     x_token_stride,
     y_batch_stride,
@@ -179,7 +180,7 @@ def forward(
         rstd,
         tokens,
         width,
-        length,
+        per_batch(x),
         *token_strides(x),
         *token_strides(y),
         *token_strides(y2),
@@ -245,7 +246,11 @@ def backward(
     for bit, tensor in present.items():
         if tensor is None:
             needs &= ~bit
-    block_d, block_tokens, slices, num_warps = config.backward(tokens, width, config.chip_of(x))
+    sums = bin(needs & (DGATE | DGATE2 | DWEIGHT | DBIAS | DSHIFT | DSCALE)).count("1")
+    streams = 2 + sum(t is not None for t in (dresidual, y, y2))
+    block_d, block_tokens, slices, num_warps, stages = config.backward(
+        tokens, width, streams, x.element_size(), config.chip_of(x)
+    )
     blocks = triton.cdiv(tokens, block_tokens)
     dweight = vector_partials(x, needs & DWEIGHT, blocks, width)
     dbias = vector_partials(x, needs & DBIAS, blocks, width)
@@ -283,7 +288,7 @@ def backward(
         partial,
         tokens,
         width,
-        length,
+        per_batch(x),
         *token_strides(dresidual),
         *token_strides(dnormed),
         *token_strides(x),
@@ -297,10 +302,13 @@ def backward(
         slices,
         NEEDS=needs,
         LAW=law,
+        GROUPED=any(t is not None for t in (gate, gate2, shift, scale)),
         WHOLE=slices == 1,
         BLOCK_D=block_d,
+        STAGES=stages,
         num_warps=num_warps,
         num_stages=1,
+        maxnreg=config.most_registers(sums),
         enable_fp_fusion=law == 0,
     )
     finish_rows(modulations, partial, offsets, tokens_per_row, block_tokens)

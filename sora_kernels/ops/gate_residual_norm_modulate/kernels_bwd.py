@@ -6,8 +6,18 @@ import triton
 import triton.language as tl
 
 from ...aot import AotCase
-from .._device import GATED, RESIDUAL, XHAT, affine, load_f32, load_modulation, load_one_plus
-from .._grouped import flush_four, round_if, row_bounds, row_of, sorted_token, token_offset
+from .._device import (
+    AFFINE,
+    GATED,
+    RESIDUAL,
+    XHAT,
+    load_f32,
+    load_modulation,
+    load_one_plus,
+    load_vectors,
+    row_sums,
+)
+from .._grouped import flush_four, round_if, run_at, sorted_token, token_offset
 from . import config
 
 # Bits of `needs`, in the order of the backward's results.
@@ -19,57 +29,148 @@ _DSHIFT, _DSCALE = tl.constexpr(DSHIFT), tl.constexpr(DSCALE)
 
 
 @triton.jit
-def _add_branch(
-    r, y_ptr, y_offset, gate_ptr, gate_offset, table_ptr, cols, mask, stream: tl.constexpr,
-    LAW: tl.constexpr,
+def _factors(
+    row, gate_ptr, gate_stride, gate2_ptr, gate2_stride, scale_ptr, scale_stride, gate_table_ptr,
+    scale_table_ptr, cols, mask, LAW: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """r + gate * y as the forward added it."""
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    branch = load_f32(y_ptr + y_offset + cols, mask)
+    """gate, gate2 and 1 + scale of one row; 1 where one is absent."""
+    gate = 1.0
     if gate_ptr is not None:
         gate = load_modulation(
-            gate_ptr, table_ptr, gate_offset + cols, cols, mask, mask, LAW, dtype
+            gate_ptr,
+            gate_table_ptr,
+            row.to(tl.int64) * gate_stride + cols,
+            cols,
+            mask,
+            mask,
+            LAW,
+            dtype,
         )
-        branch = round_if(gate * branch, LAW, GATED, dtype)
-    return round_if(r + branch, LAW, RESIDUAL, stream)
+    gate2 = 1.0
+    if gate2_ptr is not None:
+        gate2 = load_f32(gate2_ptr + row.to(tl.int64) * gate2_stride + cols, mask)
+    one_plus = 1.0
+    if scale_ptr is not None:
+        one_plus = load_one_plus(
+            scale_ptr,
+            scale_table_ptr,
+            row.to(tl.int64) * scale_stride + cols,
+            cols,
+            mask,
+            mask,
+            LAW,
+            dtype,
+        )
+    return gate, gate2, one_plus
 
 
 @triton.jit
-def _store_branch(
-    dr, dy_ptr, dy_offset, gate_ptr, gate_offset, table_ptr, cols, mask, LAW: tl.constexpr
+def _load_branch(y_ptr, y_offset, cols, mask):
+    """A sublayer's output for one token, 0 if it is absent."""
+    y = 0.0
+    if y_ptr is not None:
+        y = load_f32(y_ptr + y_offset + cols, mask)
+    return y
+
+
+@triton.jit
+def _add_branch(
+    r, y_ptr, y, gate, stream: tl.constexpr, LAW: tl.constexpr
 ):  # fmt: skip
-    """dy = gate * dr."""
-    dtype: tl.constexpr = dy_ptr.dtype.element_ty
-    if gate_ptr is not None:
-        dr *= load_modulation(gate_ptr, table_ptr, gate_offset + cols, cols, mask, mask, LAW, dtype)
-    tl.store(dy_ptr + dy_offset + cols, dr.to(dtype), mask=mask)
+    """r + gate * y as the forward added it."""
+    if y_ptr is not None:
+        branch = round_if(gate * y, LAW, GATED, y_ptr.dtype.element_ty)
+        r = round_if(r + branch, LAW, RESIDUAL, stream)
+    return r
 
 
 @triton.jit
 def _norm_gradient(
-    x_ptr, x_offset, y_ptr, y_offset, y2_ptr, y2_offset, gate_ptr, gate_offset, gate2_ptr,
-    gate2_offset, gate_table_ptr, mean, rstd, dnormed_ptr, dnormed_offset, scale_ptr, scale_offset,
-    scale_table_ptr, weight_ptr, cols, mask, LAW: tl.constexpr,
+    x_ptr, x_offset, y_ptr, y, y2_ptr, y2, gate, gate2, mean, rstd, dnormed_ptr, dnormed_offset,
+    one_plus, weight, cols, mask, LAW: tl.constexpr,
 ):  # fmt: skip
     """xhat, d = dnormed, g = d * (1 + scale) and h = g * weight of one token's columns."""
     stream: tl.constexpr = x_ptr.dtype.element_ty
-    dtype: tl.constexpr = dnormed_ptr.dtype.element_ty
     r = load_f32(x_ptr + x_offset + cols, mask)
-    if y_ptr is not None:
-        r = _add_branch(r, y_ptr, y_offset, gate_ptr, gate_offset, gate_table_ptr, cols, mask,
-                        stream, LAW)  # fmt: skip
-    if y2_ptr is not None:
-        r = _add_branch(r, y2_ptr, y2_offset, gate2_ptr, gate2_offset, None, cols, mask, stream,
-                        LAW)  # fmt: skip
+    r = _add_branch(r, y_ptr, y, gate, stream, LAW)
+    r = _add_branch(r, y2_ptr, y2, gate2, stream, LAW)
     d = load_f32(dnormed_ptr + dnormed_offset + cols, mask)
-    g = d
-    if scale_ptr is not None:
-        g *= load_one_plus(scale_ptr, scale_table_ptr, scale_offset + cols, cols, mask, mask, LAW,
-                           dtype)  # fmt: skip
-    h = g
-    if weight_ptr is not None:
-        h *= load_f32(weight_ptr + cols, mask)
-    return (r - mean) * rstd, d, g, h
+    g = d * one_plus
+    return (r - mean) * rstd, d, g, g * weight
+
+
+@triton.jit
+def _token(
+    n, row, dresidual_ptr, dresidual_offset, dnormed_ptr, d_offset, x_ptr, x_offset, y_ptr,
+    y_offset, y2_ptr, y2_offset, mean_ptr, rstd_ptr, gate_ptr, gate_stride, gate2_ptr,
+    gate2_stride, scale_ptr, scale_stride, gate_table_ptr, scale_table_ptr, weight_ptr, gate,
+    gate2, one_plus, weight, bias, dgate, dgate2, dshift, dscale, dweight, dbias, dx_ptr, dy_ptr,
+    dy2_ptr, width, cols, mask,
+    NEEDS: tl.constexpr, LAW: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Stores dx, dy and dy2 of token n; returns the sums dgate, dgate2, dshift, dscale, dweight and
+    dbias with what it adds to them. The modulations by pointer are for other slices' columns."""
+    dtype: tl.constexpr = dnormed_ptr.dtype.element_ty
+    rstd = tl.load(rstd_ptr + n)
+    mean = 0.0
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + n)
+
+    if not WHOLE:
+        all_h = tl.zeros([BLOCK_D], dtype=tl.float32)
+        all_hx = tl.zeros([BLOCK_D], dtype=tl.float32)
+        for column in range(0, width, BLOCK_D):
+            there = column + tl.arange(0, BLOCK_D)
+            inside = there < width
+            weight_there, _ = load_vectors(weight_ptr, None, there, inside)
+            gate_there, gate2_there, one_plus_there = _factors(
+                row, gate_ptr, gate_stride, gate2_ptr, gate2_stride, scale_ptr, scale_stride,
+                gate_table_ptr, scale_table_ptr, there, inside, LAW, dtype,
+            )  # fmt: skip
+            xhat_there, _, _, h_there = _norm_gradient(
+                x_ptr, x_offset, y_ptr, _load_branch(y_ptr, y_offset, there, inside),
+                y2_ptr, _load_branch(y2_ptr, y2_offset, there, inside), gate_there, gate2_there,
+                mean, rstd, dnormed_ptr, d_offset, one_plus_there,
+                weight_there, there, inside, LAW,
+            )  # fmt: skip
+            all_h += h_there
+            all_hx += h_there * xhat_there
+    y = _load_branch(y_ptr, y_offset, cols, mask)
+    y2 = _load_branch(y2_ptr, y2_offset, cols, mask)
+    xhat, d, g, h = _norm_gradient(
+        x_ptr, x_offset, y_ptr, y, y2_ptr, y2, gate, gate2, mean, rstd, dnormed_ptr, d_offset,
+        one_plus, weight, cols, mask, LAW,
+    )  # fmt: skip
+    # before the row is reduced, so that d and g need no registers after it
+    rounded = round_if(xhat, LAW, XHAT, dtype)
+    dshift += d
+    dscale += d * round_if(rounded * weight + bias, LAW, AFFINE, dtype)
+    dweight += g * rounded
+    dbias += g
+    if WHOLE:
+        all_h = h
+        all_hx = h * xhat
+    slope, offset = row_sums(all_hx, all_h, mean_ptr is not None)
+    dr = (h - xhat * (slope / width) - offset / width) * rstd
+    if dresidual_ptr is not None:
+        dr += load_f32(dresidual_ptr + dresidual_offset + cols, mask)
+    if _DX & NEEDS:
+        tl.store(dx_ptr + n.to(tl.int64) * width + cols, dr.to(dx_ptr.dtype.element_ty), mask=mask)
+    if _DY & NEEDS:
+        tl.store(
+            dy_ptr + n.to(tl.int64) * width + cols,
+            (gate * dr).to(dy_ptr.dtype.element_ty),
+            mask=mask,
+        )
+    if _DY2 & NEEDS:
+        tl.store(
+            dy2_ptr + n.to(tl.int64) * width + cols,
+            (gate2 * dr).to(dy2_ptr.dtype.element_ty),
+            mask=mask,
+        )
+    dgate += dr * y
+    dgate2 += dr * y2
+    return dgate, dgate2, dshift, dscale, dweight, dbias
 
 
 @triton.jit
@@ -103,7 +204,7 @@ def gate_residual_norm_modulate_bwd_kernel(
     partial_ptr,  # [4, blocks, 2, D] fp32
     tokens,
     width,
-    per_batch,
+    per_batch,  # L, None if B = 1
     dresidual_batch_stride,
     dresidual_token_stride,
     dnormed_batch_stride,
@@ -122,8 +223,10 @@ def gate_residual_norm_modulate_bwd_kernel(
     slices,  # programs per block of tokens, BLOCK_D columns each
     NEEDS: tl.constexpr,
     LAW: tl.constexpr,
+    GROUPED: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx, dy and the running sums of all other gradients, over one block of sorted tokens.
 
@@ -132,111 +235,71 @@ def gate_residual_norm_modulate_bwd_kernel(
     residual is dr = dresidual + rstd * (h - mean(h) - xhat * mean(h * xhat)) (RMS: no mean(h));
     dx = dr, dy = gate * dr, dgate += dr * y.
 
+    A block is walked run by run, as in norm_modulate: only streams change within a run, and their
+    loads are pipelined.
+
     The sums of a row wider than BLOCK_D do not fit the registers of one program. Such rows are cut
     into slices: each program computes the two means itself, from all columns (its neighbours read
     the same ones, so they come from the L2 cache), and then its own slice.
     """
     dtype: tl.constexpr = dnormed_ptr.dtype.element_ty
-    block = (tl.program_id(0) // slices).to(tl.int64)
+    block = tl.program_id(0) // slices
     start = block * block_tokens
     end = tl.minimum(start + block_tokens, tokens)
     cols = (tl.program_id(0) % slices) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = cols < width
     # one gradient's share of the partials
     share = (tl.num_programs(0) // slices).to(tl.int64) * 2 * width
-    dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
-    dgate2 = tl.zeros([BLOCK_D], dtype=tl.float32)
-    dshift = tl.zeros([BLOCK_D], dtype=tl.float32)
-    dscale = tl.zeros([BLOCK_D], dtype=tl.float32)
     dweight = tl.zeros([BLOCK_D], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_D], dtype=tl.float32)
+    weight, bias = load_vectors(weight_ptr, bias_ptr, cols, mask)
 
-    for i in range(end - start):
-        position = start + i
-        n = sorted_token(position, order_ptr)
-        row = row_of(n, index_ptr, tokens_per_row)
-        first, last = row_bounds(row, offsets_ptr, tokens_per_row)
-        x_offset = token_offset(n, per_batch, x_batch_stride, x_token_stride)
-        y_offset = token_offset(n, per_batch, y_batch_stride, y_token_stride)
-        y2_offset = token_offset(n, per_batch, y2_batch_stride, y2_token_stride)
-        d_offset = token_offset(n, per_batch, dnormed_batch_stride, dnormed_token_stride)
-        gate_offset, gate2_offset = row * gate_stride, row * gate2_stride
-        scale_offset = row * scale_stride
-        rstd = tl.load(rstd_ptr + n)
-        mean = 0.0
-        if mean_ptr is not None:
-            mean = tl.load(mean_ptr + n)
-
-        if not WHOLE:
-            all_h = tl.zeros([BLOCK_D], dtype=tl.float32)
-            all_hx = tl.zeros([BLOCK_D], dtype=tl.float32)
-            for column in range(0, width, BLOCK_D):
-                there = column + tl.arange(0, BLOCK_D)
-                xhat_there, _, _, h_there = _norm_gradient(
-                    x_ptr, x_offset, y_ptr, y_offset, y2_ptr, y2_offset, gate_ptr, gate_offset,
-                    gate2_ptr, gate2_offset, gate_table_ptr, mean, rstd, dnormed_ptr, d_offset,
-                    scale_ptr, scale_offset, scale_table_ptr, weight_ptr, there, there < width, LAW,
-                )  # fmt: skip
-                all_h += h_there
-                all_hx += h_there * xhat_there
-        xhat, d, g, h = _norm_gradient(
-            x_ptr, x_offset, y_ptr, y_offset, y2_ptr, y2_offset, gate_ptr, gate_offset,
-            gate2_ptr, gate2_offset, gate_table_ptr, mean, rstd, dnormed_ptr, d_offset,
-            scale_ptr, scale_offset, scale_table_ptr, weight_ptr, cols, mask, LAW,
+    position = start
+    while position < end:
+        row, stop = run_at(
+            position, end, order_ptr, index_ptr, offsets_ptr, tokens_per_row, GROUPED
+        )
+        gate, gate2, one_plus = _factors(
+            row, gate_ptr, gate_stride, gate2_ptr, gate2_stride, scale_ptr, scale_stride,
+            gate_table_ptr, scale_table_ptr, cols, mask, LAW, dtype,
         )  # fmt: skip
-        if WHOLE:
-            all_h = h
-            all_hx = h * xhat
-        dr = h - xhat * (tl.sum(all_hx, axis=0) / width)
-        if mean_ptr is not None:
-            dr -= tl.sum(all_h, axis=0) / width
-        dr *= rstd
-        if dresidual_ptr is not None:
-            offset = token_offset(n, per_batch, dresidual_batch_stride, dresidual_token_stride)
-            dr += load_f32(dresidual_ptr + offset + cols, mask)
-
-        rounded = round_if(xhat, LAW, XHAT, dtype)
-        if _DSHIFT & NEEDS:
-            dshift += d
-        if _DSCALE & NEEDS:
-            dscale += d * affine(rounded, weight_ptr, bias_ptr, cols, mask, LAW, dtype)
-        if _DWEIGHT & NEEDS:
-            dweight += g * rounded
-        if _DBIAS & NEEDS:
-            dbias += g
-        if _DX & NEEDS:
-            tl.store(dx_ptr + n * width + cols, dr.to(dx_ptr.dtype.element_ty), mask=mask)
-        if _DY & NEEDS:
-            _store_branch(dr, dy_ptr, n * width, gate_ptr, gate_offset, gate_table_ptr, cols, mask,
-                          LAW)  # fmt: skip
-        if _DY2 & NEEDS:
-            _store_branch(dr, dy2_ptr, n * width, gate2_ptr, gate2_offset, None, cols, mask, LAW)
-        if _DGATE & NEEDS:
-            dgate += dr * load_f32(y_ptr + y_offset + cols, mask)
-        if _DGATE2 & NEEDS:
-            dgate2 += dr * load_f32(y2_ptr + y2_offset + cols, mask)
-
-        # The row ends here, or the block does: store its sums and start anew.
-        if (position + 1 == end) | (position + 1 == last):
-            flush_four(
-                dgate, dgate2, dshift, dscale, dgate_ptr, dgate2_ptr, dshift_ptr, dscale_ptr,
-                row, first, last, start, end, block, partial_ptr, share, width, cols, mask,
-                _DGATE & NEEDS, _DGATE2 & NEEDS, _DSHIFT & NEEDS, _DSCALE & NEEDS,
+        dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
+        dgate2 = tl.zeros([BLOCK_D], dtype=tl.float32)
+        dshift = tl.zeros([BLOCK_D], dtype=tl.float32)
+        dscale = tl.zeros([BLOCK_D], dtype=tl.float32)
+        for i in tl.range(0, stop - position, num_stages=STAGES):
+            n = sorted_token(position + i, order_ptr)
+            dgate, dgate2, dshift, dscale, dweight, dbias = _token(
+                n, row,
+                dresidual_ptr,
+                token_offset(n, per_batch, dresidual_batch_stride, dresidual_token_stride),
+                dnormed_ptr, token_offset(n, per_batch, dnormed_batch_stride, dnormed_token_stride),
+                x_ptr, token_offset(n, per_batch, x_batch_stride, x_token_stride),
+                y_ptr, token_offset(n, per_batch, y_batch_stride, y_token_stride),
+                y2_ptr, token_offset(n, per_batch, y2_batch_stride, y2_token_stride),
+                mean_ptr, rstd_ptr, gate_ptr, gate_stride, gate2_ptr, gate2_stride, scale_ptr,
+                scale_stride, gate_table_ptr, scale_table_ptr, weight_ptr, gate, gate2, one_plus,
+                weight, bias, dgate, dgate2, dshift, dscale,
+                dweight, dbias, dx_ptr, dy_ptr, dy2_ptr, width, cols, mask, NEEDS, LAW, WHOLE,
+                BLOCK_D,
             )  # fmt: skip
-            dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
-            dgate2 = tl.zeros([BLOCK_D], dtype=tl.float32)
-            dshift = tl.zeros([BLOCK_D], dtype=tl.float32)
-            dscale = tl.zeros([BLOCK_D], dtype=tl.float32)
+        flush_four(
+            dgate, dgate2, dshift, dscale, dgate_ptr, dgate2_ptr, dshift_ptr, dscale_ptr,
+            row, offsets_ptr, tokens_per_row, start, end, block, partial_ptr, share, width, cols,
+            mask,
+            _DGATE & NEEDS, _DGATE2 & NEEDS, _DSHIFT & NEEDS, _DSCALE & NEEDS,
+        )  # fmt: skip
+        position = stop
 
     if _DWEIGHT & NEEDS:
-        tl.store(dweight_partial_ptr + block * width + cols, dweight, mask=mask)
+        tl.store(dweight_partial_ptr + block.to(tl.int64) * width + cols, dweight, mask=mask)
     if _DBIAS & NEEDS:
-        tl.store(dbias_partial_ptr + block * width + cols, dbias, mask=mask)
+        tl.store(dbias_partial_ptr + block.to(tl.int64) * width + cols, dbias, mask=mask)
 
 
 def backward_case(width: int) -> AotCase:
     """Gate, shift and scale of a packed batch, all gradients."""
-    block_d, _, slices, num_warps = config.backward(32768, width)
+    block_d, _, slices, num_warps, stages = config.backward(32768, width, 4, 2)
     pointers = {
         "dresidual_ptr": "*bf16", "dnormed_ptr": "*bf16", "x_ptr": "*bf16", "y_ptr": "*bf16",
         "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "gate_ptr": "*bf16", "scale_ptr": "*bf16",
@@ -245,11 +308,11 @@ def backward_case(width: int) -> AotCase:
     }  # fmt: skip
     absent = ("y2_ptr", "gate2_ptr", "weight_ptr", "bias_ptr", "gate_table_ptr", "scale_table_ptr",
               "order_ptr", "dy2_ptr", "dgate2_ptr", "dweight_partial_ptr",
-              "dbias_partial_ptr")  # fmt: skip
+              "dbias_partial_ptr", "per_batch")  # fmt: skip
     names = ("dresidual", "dnormed", "x", "y")
     strides = (*(f"{t}_{s}_stride" for t in names for s in ("batch", "token")), "gate_stride",
                "scale_stride")  # fmt: skip
-    integers = ("tokens", "width", "per_batch", *strides, "y2_batch_stride", "y2_token_stride",
+    integers = ("tokens", "width", *strides, "y2_batch_stride", "y2_token_stride",
                 "gate2_stride", "tokens_per_row", "block_tokens", "slices")  # fmt: skip
     return AotCase(
         name=f"gate_residual_norm_modulate_bwd_d{width}",
@@ -259,11 +322,14 @@ def backward_case(width: int) -> AotCase:
             **dict.fromkeys(absent),
             "NEEDS": DX | DY | DGATE | DSHIFT | DSCALE,
             "LAW": 0,
+            "GROUPED": True,
             "WHOLE": slices == 1,
             "BLOCK_D": block_d,
+            "STAGES": stages,
         },
         num_warps=num_warps,
         num_stages=1,
+        maxnreg=config.most_registers(sums=3),
         memory_bound=True,
         divisible=(*pointers, "width", *strides),
     )

@@ -31,18 +31,16 @@ def forward(width: int, chip: Chip | None = None) -> ForwardConfig:
 
 
 def backward(
-    tokens: int, width: int, each: bool, streams: int, itemsize: int, chip: Chip | None = None
+    tokens: int, width: int, streams: int, itemsize: int, chip: Chip | None = None
 ) -> BackwardConfig:
     """Eight fp32 values per array and thread (sixteen of rows above 4096): x, dy and the sums must
     all fit its registers.
 
-    Args:
-        each: whether every token has a modulation row of its own.
-        streams: how many rows of D numbers, ``itemsize`` bytes each, a token reads.
+    ``streams``: how many rows of D numbers, ``itemsize`` bytes each, a token reads.
     """
     block_d = max(next_power_of_2(width), 16)
     num_warps = min(max(block_d // (32 * 8), 1), 16)
     stages = load_stages(streams * block_d * itemsize)
     default = BackwardConfig(block_d, block_tokens(tokens), num_warps, stages)
-    shape = {"width": width, "each": each}
-    return tuned("norm_modulate", "backward", default, ("num_warps", "num_stages"), chip, **shape)
+    fields = ("num_warps", "num_stages")
+    return tuned("norm_modulate", "backward", default, fields, chip, width=width)

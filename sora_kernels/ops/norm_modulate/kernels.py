@@ -14,6 +14,7 @@ from .._grouped import finish_rows, new_partials, round_if, rows_of, token_offse
 from .._launch import (
     launch,
     modulation_grad,
+    per_batch,
     row_stride,
     token_strides,
     vector_grad,
@@ -28,7 +29,7 @@ from .kernels_bwd import (
     DSHIFT2,
     DWEIGHT,
     DX,
-    backward_cases,
+    backward_case,
     norm_modulate_bwd_kernel,
 )
 
@@ -51,7 +52,7 @@ def _norm_modulate_fwd_kernel(
     rstd_ptr,  # [N] fp32
     tokens,
     width,
-    per_batch,  # L
+    per_batch,  # L, None if B = 1
     x_batch_stride,
     x_token_stride,
     shift_stride,
@@ -142,7 +143,7 @@ def forward(
         rstd,
         tokens,
         width,
-        length,
+        per_batch(x),
         *token_strides(x),
         row_stride(shift),
         row_stride(scale),
@@ -195,11 +196,8 @@ def backward(
     dshift2 = modulation_grad(x, needs & DSHIFT2, shift2, None)
     dscale2 = modulation_grad(x, needs & DSCALE2, scale2, None)
     modulations = (dshift, dscale, dshift2, dscale2)
-    modulated = scale is not None or scale2 is not None or any(g.numel() > 0 for g in modulations)
-    each = modulated and index is None and tokens_per_row == 1
-    streams = 2 + (dy2 is not None) + each * ((scale is not None) + (scale2 is not None))
     block_d, block_tokens, num_warps, stages = config.backward(
-        tokens, width, each, streams, x.element_size(), config.chip_of(x)
+        tokens, width, 2 + (dy2 is not None), x.element_size(), config.chip_of(x)
     )
     blocks = triton.cdiv(tokens, block_tokens)
 
@@ -234,7 +232,7 @@ def backward(
         partial,
         tokens,
         width,
-        length,
+        per_batch(x),
         *token_strides(dy),
         *token_strides(dy2),
         *token_strides(x),
@@ -244,7 +242,7 @@ def backward(
         block_tokens,
         NEEDS=needs,
         LAW=law,
-        EACH=each,
+        GROUPED=any(t is not None for t in (shift, scale, shift2, scale2)),
         BLOCK_D=block_d,
         STAGES=stages,
         num_warps=num_warps,
@@ -296,5 +294,5 @@ def aot_cases() -> list[AotCase]:
                     enable_fp_fusion=law == 0,
                 )
             )
-        cases.extend(backward_cases(width))
+        cases.append(backward_case(width))
     return cases
