@@ -46,6 +46,7 @@ def matrix_case(
         "D2": config.dim2,
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
+        "STEP": 4 if dtype == "fp32" else 8,
         "GROUP": launch.group,
         "UPCAST": False,
     }
@@ -80,7 +81,7 @@ def matrix_case(
         # sm_90: it runs on 32 rows, by mma.sync.
         dots=0 if 90 in archs and launch.block_m < 64 and head_dim > 128 else dots * parts,
         descriptors=sum(t.startswith("tensordesc") for t in signature.values()),
-        divisible=tuple(n for n in signature if n.endswith("_ptr") or n.startswith("stride_")),
+        divisible=tuple(n for n in signature if n.endswith("_ptr")),
         archs=archs,
         fma_ok=dtype == "fp32",
     )
@@ -99,9 +100,10 @@ def delta_case(head_dim: int) -> AotCase:
             "D": head_dim,
             "WIDTH": 1 << (head_dim - 1).bit_length(),
             "BLOCK": DELTA_BLOCK,
+            "STEP": 8,
         },
         num_warps=4,
-        divisible=(*pointers, "stride_on", "stride_oh"),
+        divisible=tuple(pointers),
         narrow_store_ok=True,
     )
 

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import FAR, config_for
+from .._launch import cdiv
+from .._launch import launch as run
+from .config import FAR, Launch, config_for
 from .descriptors import describe
 from .work import work_list
 
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 _FAR = tl.constexpr(FAR)
+
+# Sizes, strides and modes, which vary from call to call: one compiled kernel serves all.
+RUN_TIME = (
+    "num_tokens", "num_work", "heads", "group_size", "stride_qn", "stride_qh", "stride_kn",
+    "stride_kh", "stride_vn", "stride_vh", "stride_on", "stride_oh", "causal",
+)  # fmt: skip
 
 
 @triton.jit
@@ -160,6 +168,15 @@ def _bounds(cu_q_ptr, cu_k_ptr, segment):
 
 
 @triton.jit
+def _first_query(block, len_q, causal, BLOCK_M: tl.constexpr):
+    """First row of a block of queries, -1 if there is no such block. Of a causal segment the last
+    blocks, which see the most keys, come first."""
+    blocks = tl.cdiv(len_q, BLOCK_M)
+    number = tl.where(causal != 0, blocks - 1 - block, block)
+    return tl.where(block < blocks, number * BLOCK_M, -1)
+
+
+@triton.jit
 def _attend_block(
     q1, q2, acc1, acc2, m_i, l_i, k, v, row, start, end, rows, limit, scale_log2,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -217,29 +234,32 @@ def _attend(
     return acc1, acc2, m_i, l_i
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_work", "group_size", "causal"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _packed_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, work_ptr, cu_q_ptr, cu_k_ptr,
     k1_desc, k2_desc, v1_desc, v2_desc, k1_edge, k2_edge, v1_edge, v2_edge,
     num_tokens, num_work, heads, group_size,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, causal,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T) v and lse, one block of rows (FlashAttention-2, algorithm 1)."""
     head, segment, block = _locate(work_ptr, num_work, heads, GROUP)
     if segment < 0:
         return
     begin_q, begin_k, len_q, len_k = _bounds(cu_q_ptr, cu_k_ptr, segment)
-    start_m = block * BLOCK_M
-    if start_m >= len_q:
+    start_m = _first_query(block, len_q, causal, BLOCK_M)
+    if start_m < 0:
         return
     first = (begin_q + start_m).to(tl.int64)  # of this block in the pack
     head_k = head // group_size
     o_m = tl.arange(0, BLOCK_M)
     left_q = len_q - start_m
 
-    q1, q2 = _load_rows(q_ptr, stride_qn, stride_qh, head, first, left_q, BLOCK_M, D, D1, D2)
+    q1, q2 = _load_rows(
+        q_ptr, stride_qn * STEP, stride_qh * STEP, head, first, left_q, BLOCK_M, D, D1, D2
+    )  # fmt: skip
     acc1, acc2 = _zeros(BLOCK_M, D1, D2)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -251,14 +271,14 @@ def _packed_attention_fwd_kernel(
     full = tl.maximum(tl.minimum(len_k, start_m + limit + 1), 0) // BLOCK_N * BLOCK_N
     rows = start_m + o_m
     scale_log2 = scale * LOG2E
-    k = (k_ptr, stride_kn, stride_kh, k1_edge, k2_edge, head_k, begin_k)
-    v = (v_ptr, stride_vn, stride_vh, v1_edge, v2_edge, head_k, begin_k)
+    k = (k_ptr, stride_kn * STEP, stride_kh * STEP, k1_edge, k2_edge, head_k, begin_k)
+    v = (v_ptr, stride_vn * STEP, stride_vh * STEP, v1_edge, v2_edge, head_k, begin_k)
     acc1, acc2, m_i, l_i = _attend(
         q1, q2, acc1, acc2, m_i, l_i, k, v, rows, full, end, len_k, limit, scale_log2,
         D, D1, D2, BLOCK_N // 2, True, UPCAST,
     )  # fmt: skip
-    k = (k_ptr, stride_kn, stride_kh, k1_desc, k2_desc, head_k, begin_k)
-    v = (v_ptr, stride_vn, stride_vh, v1_desc, v2_desc, head_k, begin_k)
+    k = (k_ptr, stride_kn * STEP, stride_kh * STEP, k1_desc, k2_desc, head_k, begin_k)
+    v = (v_ptr, stride_vn * STEP, stride_vh * STEP, v1_desc, v2_desc, head_k, begin_k)
     acc1, acc2, m_i, l_i = _attend(
         q1, q2, acc1, acc2, m_i, l_i, k, v, rows, 0, full, len_k, limit, scale_log2,
         D, D1, D2, BLOCK_N, False, UPCAST,
@@ -276,12 +296,33 @@ def _packed_attention_fwd_kernel(
 
 
 def grid(num_work: int, heads: int, group: int) -> tuple[int]:
-    return (triton.cdiv(num_work, group) * group * heads,)
+    return (cdiv(num_work, group) * group * heads,)
+
+
+def in_steps(*tensors: Tensor) -> tuple[int, list[int]]:
+    """STEP and, for the kernels, the strides of tokens and heads of tensors `[N, H, D]` in STEPs.
+
+    A STEP is 16 bytes where all strides are multiples of it, else one element. Triton knows of an
+    integer whether 16 divides it and no more: it would read heads of 72 (strides of 144 bytes)
+    element by element. Strides that take 64 bits stay in elements: products of 32 would overflow.
+    """
+    strides = [stride for x in tensors for stride in x.stride()[:2]]
+    step = 16 // tensors[0].element_size()
+    if any(stride % step or stride >= 2**31 for stride in strides):
+        return 1, strides
+    return step, [stride // step for stride in strides]
 
 
 def upcast(x: Tensor) -> bool:
     """True for bf16 in the interpreter, whose bf16 arithmetic is wrong."""
     return x.device.type == "cpu" and x.dtype is torch.bfloat16
+
+
+def options(launch: Launch) -> dict[str, Any]:
+    """How Triton shall compile the kernel of a launch."""
+    return {
+        "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def forward(
@@ -298,15 +339,15 @@ def forward(
     launch = config.fwd
     if num_tokens == 0 or heads == 0:
         return out, lse
-    _packed_attention_fwd_kernel[grid(work.shape[0], heads, launch.group)](
+    step, strides = in_steps(q, k, v)
+    run(
+        _packed_attention_fwd_kernel, grid(work.shape[0], heads, launch.group), q.device,
         q, k, v, out, lse, work, cu_q, cu_k,
         *describe(launch, config, (launch.block_n, launch.block_n // 2), k, v),
-        num_tokens, work.shape[0], heads, heads // k.shape[1],
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        scale, int(causal),
+        num_tokens, work.shape[0], heads, heads // k.shape[1], *strides, scale, int(causal),
         D=head_dim, D1=config.dim1, D2=config.dim2,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group, UPCAST=upcast(q),
-        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STEP=step, GROUP=launch.group,
+        UPCAST=upcast(q), **options(launch),
     )  # fmt: skip
     return out, lse
 

@@ -10,12 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import cdiv
+from .._launch import launch as run
 from .config import config_for
 from .descriptors import describe
 from .kernels import (
     LOG2E,
+    RUN_TIME,
     _bounds,
     _dot,
+    _first_query,
     _load_block,
     _load_rows,
     _load_tile,
@@ -23,6 +27,8 @@ from .kernels import (
     _store_rows,
     _zeros,
     grid,
+    in_steps,
+    options,
     upcast,
 )
 from .work import work_list
@@ -30,10 +36,11 @@ from .work import work_list
 DELTA_BLOCK = 32
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "heads", "stride_on", "stride_oh"])
 def _packed_attention_bwd_kernel_delta(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr, num_tokens, heads, stride_on, stride_oh,
     HAS_DLSE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """delta = sum_d out * dout - dlse, so that ds = p * (dp - delta) holds for both gradients."""
     pid = tl.program_id(0).to(tl.int64)
@@ -44,9 +51,11 @@ def _packed_attention_bwd_kernel_delta(
     out = _load_tile(
         out_ptr + (first * heads + head) * D, o_m, left, heads * D, 0, WIDTH, D, True
     )  # [BLOCK, D]
+    stride_n = stride_on * STEP
     dout = _load_tile(
-        dout_ptr + first * stride_on + head * stride_oh, o_m, left, stride_on, 0, WIDTH, D, True
-    )
+        dout_ptr + first * stride_n + head * (stride_oh * STEP), o_m, left, stride_n, 0, WIDTH, D,
+        True,
+    )  # fmt: skip
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     row = head * num_tokens + first + o_m
     if HAS_DLSE:
@@ -111,22 +120,23 @@ def _gather_dq(
     return dq1, dq2
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_work", "group_size", "causal"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _packed_attention_bwd_kernel_dq(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, work_ptr, cu_q_ptr, cu_k_ptr,
     k1_desc, k2_desc, v1_desc, v2_desc, num_tokens, num_work, heads, group_size,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh,
     scale, causal,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * (p * (dout v^T - delta)) k for one block of query rows."""
     head, segment, block = _locate(work_ptr, num_work, heads, GROUP)
     if segment < 0:
         return
     begin_q, begin_k, len_q, len_k = _bounds(cu_q_ptr, cu_k_ptr, segment)
-    start_m = block * BLOCK_M
-    if start_m >= len_q:
+    start_m = _first_query(block, len_q, causal, BLOCK_M)
+    if start_m < 0:
         return
     first = (begin_q + start_m).to(tl.int64)
     head_q = head.to(tl.int64)
@@ -134,8 +144,12 @@ def _packed_attention_bwd_kernel_dq(
     o_m = tl.arange(0, BLOCK_M)
     left_q = len_q - start_m
 
-    q1, q2 = _load_rows(q_ptr, stride_qn, stride_qh, head, first, left_q, BLOCK_M, D, D1, D2)
-    do1, do2 = _load_rows(dout_ptr, stride_on, stride_oh, head, first, left_q, BLOCK_M, D, D1, D2)
+    q1, q2 = _load_rows(
+        q_ptr, stride_qn * STEP, stride_qh * STEP, head, first, left_q, BLOCK_M, D, D1, D2
+    )  # fmt: skip
+    do1, do2 = _load_rows(
+        dout_ptr, stride_on * STEP, stride_oh * STEP, head, first, left_q, BLOCK_M, D, D1, D2
+    )  # fmt: skip
     dq1, dq2 = _zeros(BLOCK_M, D1, D2)
     lse = _load_lse(lse_ptr + head_q * num_tokens + first, o_m, left_q)
     delta = tl.load(delta_ptr + head_q * num_tokens + first + o_m, mask=o_m < left_q, other=0.0)
@@ -145,8 +159,8 @@ def _packed_attention_bwd_kernel_dq(
     full = tl.maximum(tl.minimum(len_k, start_m + limit + 1), 0) // BLOCK_N * BLOCK_N
     rows = start_m + o_m
     scale_log2 = scale * LOG2E
-    k = (k_ptr, stride_kn, stride_kh, k1_desc, k2_desc, head_k, begin_k)
-    v = (v_ptr, stride_vn, stride_vh, v1_desc, v2_desc, head_k, begin_k)
+    k = (k_ptr, stride_kn * STEP, stride_kh * STEP, k1_desc, k2_desc, head_k, begin_k)
+    v = (v_ptr, stride_vn * STEP, stride_vh * STEP, v1_desc, v2_desc, head_k, begin_k)
     dq1, dq2 = _gather_dq(
         q1, q2, do1, do2, dq1, dq2, lse, delta, k, v, rows, 0, full, len_k, limit,
         scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
@@ -223,14 +237,15 @@ def _gather_dkv(
     return dk1, dk2, dv1, dv2
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_work", "group_size", "causal"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _packed_attention_bwd_kernel_dkv(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, work_ptr, cu_q_ptr,
     cu_k_ptr, q1_desc, q2_desc, do1_desc, do2_desc, num_tokens, num_work, heads, group_size,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh,
     scale, causal,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dv = p^T dout and dk = scale * ds^T q for one block of key rows and one head of queries."""
     head, segment, block = _locate(work_ptr, num_work, heads, GROUP)
@@ -245,8 +260,12 @@ def _packed_attention_bwd_kernel_dkv(
     left_k = len_k - start_n
 
     head_k = head // group_size
-    k1, k2 = _load_rows(k_ptr, stride_kn, stride_kh, head_k, first, left_k, BLOCK_N, D, D1, D2)
-    v1, v2 = _load_rows(v_ptr, stride_vn, stride_vh, head_k, first, left_k, BLOCK_N, D, D1, D2)
+    k1, k2 = _load_rows(
+        k_ptr, stride_kn * STEP, stride_kh * STEP, head_k, first, left_k, BLOCK_N, D, D1, D2
+    )  # fmt: skip
+    v1, v2 = _load_rows(
+        v_ptr, stride_vn * STEP, stride_vh * STEP, head_k, first, left_k, BLOCK_N, D, D1, D2
+    )  # fmt: skip
     dk1, dk2 = _zeros(BLOCK_N, D1, D2)
     dv1, dv2 = _zeros(BLOCK_N, D1, D2)
 
@@ -264,8 +283,8 @@ def _packed_attention_bwd_kernel_dkv(
     head_q = head.to(tl.int64)
     lse_base = lse_ptr + head_q * num_tokens + begin_q
     delta_base = delta_ptr + head_q * num_tokens + begin_q
-    q = (q_ptr, stride_qn, stride_qh, q1_desc, q2_desc, head, begin_q)
-    do = (dout_ptr, stride_on, stride_oh, do1_desc, do2_desc, head, begin_q)
+    q = (q_ptr, stride_qn * STEP, stride_qh * STEP, q1_desc, q2_desc, head, begin_q)
+    do = (dout_ptr, stride_on * STEP, stride_oh * STEP, do1_desc, do2_desc, head, begin_q)
     dk1, dk2, dv1, dv2 = _gather_dkv(
         k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, do, lse_base, delta_base, columns, 0, 0,
         (whole - diagonal) // BLOCK_M, diagonal, len_q, limit, scale_log2,
@@ -278,6 +297,20 @@ def _packed_attention_bwd_kernel_dkv(
     )  # fmt: skip
     _store_rows(dk_ptr, dk1 * scale, dk2 * scale, heads, head, first, left_k, BLOCK_N, D, D1, D2)
     _store_rows(dv_ptr, dv1, dv2, heads, head, first, left_k, BLOCK_N, D, D1, D2)
+
+
+def delta_of(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """delta, fp32 `[H, N]`, by the kernel above; `dout` has rows of stride 1."""
+    num_tokens, heads, head_dim = out.shape
+    delta = out.new_empty((heads, num_tokens), dtype=torch.float32)
+    step, strides = in_steps(dout)
+    run(
+        _packed_attention_bwd_kernel_delta, (cdiv(num_tokens, DELTA_BLOCK) * heads,), out.device,
+        out, dout, delta if dlse is None else dlse.contiguous(), delta, num_tokens, heads, *strides,
+        HAS_DLSE=dlse is not None, D=head_dim, WIDTH=1 << (head_dim - 1).bit_length(),
+        BLOCK=DELTA_BLOCK, STEP=step, num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return delta
 
 
 def backward(
@@ -297,40 +330,34 @@ def backward(
     dv = v.new_empty((k.shape[0], heads, head_dim) if need_dkv else (0,), dtype=share)
     if dout.stride(-1) != 1:  # an expanded gradient; the kernels read rows
         dout = dout.contiguous()
-    delta = q.new_empty((heads, num_tokens), dtype=torch.float32)
-    if num_tokens:
-        _packed_attention_bwd_kernel_delta[(triton.cdiv(num_tokens, DELTA_BLOCK) * heads,)](
-            out, dout, delta if dlse is None else dlse.contiguous(), delta,
-            num_tokens, heads, dout.stride(0), dout.stride(1),
-            HAS_DLSE=dlse is not None, D=head_dim, WIDTH=triton.next_power_of_2(head_dim),
-            BLOCK=DELTA_BLOCK, num_warps=4, num_stages=1, enable_fp_fusion=True,
-        )  # fmt: skip
-    strides = (
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        dout.stride(0), dout.stride(1),
-    )  # fmt: skip
-    dims = {"D": head_dim, "D1": config.dim1, "D2": config.dim2, "UPCAST": upcast(q)}
+    delta = delta_of(out, dout, dlse)
+    step, strides = in_steps(q, k, v, dout)
+    dims = {
+        "D": head_dim, "D1": config.dim1, "D2": config.dim2, "STEP": step, "UPCAST": upcast(q),
+    }  # fmt: skip
     if need_dkv and k.shape[0]:
         launch = config.dkv
         if work_dkv is None:
             work_dkv = work_list(cu_k, k.shape[0], launch.block_n, cu_q.diff())
-        _packed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads, launch.group)](
-            q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_q, cu_k,
+        run(
+            _packed_attention_bwd_kernel_dkv, grid(work_dkv.shape[0], heads, launch.group),
+            q.device, q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_q, cu_k,
             *describe(launch, config, (launch.block_m,), q, dout),
             num_tokens, work_dkv.shape[0], heads, group, *strides, scale, int(causal),
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
-            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+            **options(launch),
         )  # fmt: skip
     if need_dq and num_tokens:
         launch = config.dq
         if work_dq is None:
             work_dq = work_list(cu_q, num_tokens, launch.block_m, cu_k.diff())
-        _packed_attention_bwd_kernel_dq[grid(work_dq.shape[0], heads, launch.group)](
-            q, k, v, dout, lse, delta, dq, work_dq, cu_q, cu_k,
+        run(
+            _packed_attention_bwd_kernel_dq, grid(work_dq.shape[0], heads, launch.group),
+            q.device, q, k, v, dout, lse, delta, dq, work_dq, cu_q, cu_k,
             *describe(launch, config, (launch.block_n,), k, v),
             num_tokens, work_dq.shape[0], heads, group, *strides, scale, int(causal),
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
-            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+            **options(launch),
         )  # fmt: skip
     if need_dkv and group > 1:
         dk, dv = (x.unflatten(1, (heads_k, group)).sum(2).to(k.dtype) for x in (dk, dv))

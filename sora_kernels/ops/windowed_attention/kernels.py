@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import launch as run
 from ..packed_attention.descriptors import describe
 from ..packed_attention.kernels import (
     LN2,
@@ -24,19 +25,29 @@ from ..packed_attention.kernels import (
     _store_rows,
     _zeros,
     grid,
+    in_steps,
+    options,
     upcast,
 )
+from ..packed_attention.kernels import RUN_TIME as DENSE_RUN_TIME
 from .config import config_for
 from .device import block_at, plan
 
 if TYPE_CHECKING:
     from ...aot import AotCase
 
-# Sizes that vary from pack to pack and modes of the window: one compiled kernel serves all.
+# Also the modes of the window: one compiled kernel serves all.
 RUN_TIME = (
-    "num_tokens", "num_work", "group_size", "back_t", "back_h", "back_w", "ahead_t", "ahead_h",
-    "ahead_w", "clamp", "causal", "sink",
-)  # fmt: skip
+    *DENSE_RUN_TIME,
+    "back_t",
+    "back_h",
+    "back_w",
+    "ahead_t",
+    "ahead_h",
+    "ahead_w",
+    "clamp",
+    "sink",
+)
 
 
 @triton.jit
@@ -65,7 +76,8 @@ def _windowed_attention_fwd_kernel(
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale,
     back_t, back_h, back_w, ahead_t, ahead_h, ahead_w, clamp, causal, sink,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T) v and lse over the keys that a block of queries sees."""
     head, segment, start_m, end_m, tile = _locate(work_ptr, num_work, heads, GROUP)
@@ -82,13 +94,15 @@ def _windowed_attention_fwd_kernel(
     o_m = tl.arange(0, BLOCK_M)
     left_q = end_m - start_m
 
-    q1, q2 = _load_rows(q_ptr, stride_qn, stride_qh, head, first, left_q, BLOCK_M, D, D1, D2)
+    q1, q2 = _load_rows(
+        q_ptr, stride_qn * STEP, stride_qh * STEP, head, first, left_q, BLOCK_M, D, D1, D2
+    )  # fmt: skip
     acc1, acc2 = _zeros(BLOCK_M, D1, D2)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
 
-    k = (k_ptr, stride_kn, stride_kh, k1_desc, k2_desc, head_k, origin)
-    v = (v_ptr, stride_vn, stride_vh, v1_desc, v2_desc, head_k, origin)
+    k = (k_ptr, stride_kn * STEP, stride_kh * STEP, k1_desc, k2_desc, head_k, origin)
+    v = (v_ptr, stride_vn * STEP, stride_vh * STEP, v1_desc, v2_desc, head_k, origin)
     scale_log2 = scale * LOG2E
     for x in range(blocks):
         row, left = block_at(x, where, BLOCK_N)
@@ -137,15 +151,15 @@ def forward(
     if num_tokens == 0 or heads == 0:
         return out, lse
     work = listed("work", work)
-    _windowed_attention_fwd_kernel[grid(work.shape[0], heads, launch.group)](
+    step, strides = in_steps(q, k, v)
+    run(
+        _windowed_attention_fwd_kernel, grid(work.shape[0], heads, launch.group), q.device,
         q, k, v, out, lse, work, cu_seqlens, table,
         *describe(launch, config, (launch.block_n,), k, v),
-        num_tokens, work.shape[0], heads, heads // k.shape[1],
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        scale, *window,
+        num_tokens, work.shape[0], heads, heads // k.shape[1], *strides, scale, *window,
         D=head_dim, D1=config.dim1, D2=config.dim2,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group, UPCAST=upcast(q),
-        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STEP=step, GROUP=launch.group,
+        UPCAST=upcast(q), **options(launch),
     )  # fmt: skip
     return out, lse
 

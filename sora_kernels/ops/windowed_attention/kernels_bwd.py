@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import launch as run
 from ..packed_attention.descriptors import describe
 from ..packed_attention.kernels import (
     LOG2E,
@@ -20,14 +21,15 @@ from ..packed_attention.kernels import (
     _store_rows,
     _zeros,
     grid,
+    in_steps,
+    options,
     upcast,
 )
 from ..packed_attention.kernels_bwd import (
-    DELTA_BLOCK,
     _add_dkv,
     _add_dq,
     _load_lse,
-    _packed_attention_bwd_kernel_delta,
+    delta_of,
 )
 from .config import config_for
 from .device import block_at, plan
@@ -41,7 +43,8 @@ def _windowed_attention_bwd_kernel_dq(
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh, scale,
     back_t, back_h, back_w, ahead_t, ahead_h, ahead_w, clamp, causal, sink,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * (p * (dout v^T - delta)) k over the keys that a block of queries sees."""
     head, segment, start_m, end_m, tile = _locate(work_ptr, num_work, heads, GROUP)
@@ -59,14 +62,18 @@ def _windowed_attention_bwd_kernel_dq(
     o_m = tl.arange(0, BLOCK_M)
     left_q = end_m - start_m
 
-    q1, q2 = _load_rows(q_ptr, stride_qn, stride_qh, head, first, left_q, BLOCK_M, D, D1, D2)
-    do1, do2 = _load_rows(dout_ptr, stride_on, stride_oh, head, first, left_q, BLOCK_M, D, D1, D2)
+    q1, q2 = _load_rows(
+        q_ptr, stride_qn * STEP, stride_qh * STEP, head, first, left_q, BLOCK_M, D, D1, D2
+    )  # fmt: skip
+    do1, do2 = _load_rows(
+        dout_ptr, stride_on * STEP, stride_oh * STEP, head, first, left_q, BLOCK_M, D, D1, D2
+    )  # fmt: skip
     dq1, dq2 = _zeros(BLOCK_M, D1, D2)
     lse = _load_lse(lse_ptr + head_q * num_tokens + first, o_m, left_q)
     delta = tl.load(delta_ptr + head_q * num_tokens + first + o_m, mask=o_m < left_q, other=0.0)
 
-    k = (k_ptr, stride_kn, stride_kh, k1_desc, k2_desc, head_k, origin)
-    v = (v_ptr, stride_vn, stride_vh, v1_desc, v2_desc, head_k, origin)
+    k = (k_ptr, stride_kn * STEP, stride_kh * STEP, k1_desc, k2_desc, head_k, origin)
+    v = (v_ptr, stride_vn * STEP, stride_vh * STEP, v1_desc, v2_desc, head_k, origin)
     scale_log2 = scale * LOG2E
     for x in range(blocks):
         row, left = block_at(x, where, BLOCK_N)
@@ -84,7 +91,8 @@ def _windowed_attention_bwd_kernel_dkv(
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh, scale,
     back_t, back_h, back_w, ahead_t, ahead_h, ahead_w, clamp, causal, sink,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dv = p^T dout and dk = scale * ds^T q over the queries that see a block of keys."""
     head, segment, start_n, end_n, tile = _locate(work_ptr, num_work, heads, GROUP)
@@ -101,13 +109,17 @@ def _windowed_attention_bwd_kernel_dkv(
     head_k = head // group_size
     left_k = end_n - start_n
 
-    k1, k2 = _load_rows(k_ptr, stride_kn, stride_kh, head_k, first, left_k, BLOCK_N, D, D1, D2)
-    v1, v2 = _load_rows(v_ptr, stride_vn, stride_vh, head_k, first, left_k, BLOCK_N, D, D1, D2)
+    k1, k2 = _load_rows(
+        k_ptr, stride_kn * STEP, stride_kh * STEP, head_k, first, left_k, BLOCK_N, D, D1, D2
+    )  # fmt: skip
+    v1, v2 = _load_rows(
+        v_ptr, stride_vn * STEP, stride_vh * STEP, head_k, first, left_k, BLOCK_N, D, D1, D2
+    )  # fmt: skip
     dk1, dk2 = _zeros(BLOCK_N, D1, D2)
     dv1, dv2 = _zeros(BLOCK_N, D1, D2)
 
-    q = (q_ptr, stride_qn, stride_qh, q1_desc, q2_desc, head, origin)
-    do = (dout_ptr, stride_on, stride_oh, do1_desc, do2_desc, head, origin)
+    q = (q_ptr, stride_qn * STEP, stride_qh * STEP, q1_desc, q2_desc, head, origin)
+    do = (dout_ptr, stride_on * STEP, stride_oh * STEP, do1_desc, do2_desc, head, origin)
     lse_base = lse_ptr + head_q * num_tokens + origin
     delta_base = delta_ptr + head_q * num_tokens + origin
     scale_log2 = scale * LOG2E
@@ -148,37 +160,32 @@ def backward(
         return dq, dk, dv
     if dout.stride(-1) != 1:  # an expanded gradient; the kernels read rows
         dout = dout.contiguous()
-    delta = q.new_empty((heads, num_tokens), dtype=torch.float32)
-    _packed_attention_bwd_kernel_delta[(triton.cdiv(num_tokens, DELTA_BLOCK) * heads,)](
-        out, dout, delta if dlse is None else dlse.contiguous(), delta,
-        num_tokens, heads, dout.stride(0), dout.stride(1),
-        HAS_DLSE=dlse is not None, D=head_dim, WIDTH=triton.next_power_of_2(head_dim),
-        BLOCK=DELTA_BLOCK, num_warps=4, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
-    strides = (
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        dout.stride(0), dout.stride(1),
-    )  # fmt: skip
-    dims = {"D": head_dim, "D1": config.dim1, "D2": config.dim2, "UPCAST": upcast(q)}
+    delta = delta_of(out, dout, dlse)
+    step, strides = in_steps(q, k, v, dout)
+    dims = {
+        "D": head_dim, "D1": config.dim1, "D2": config.dim2, "STEP": step, "UPCAST": upcast(q),
+    }  # fmt: skip
     if need_dkv:
         launch = config.dkv
         work_dkv = listed("work_dkv", work_dkv)
-        _windowed_attention_bwd_kernel_dkv[grid(work_dkv.shape[0], heads, launch.group)](
-            q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_seqlens, table,
+        run(
+            _windowed_attention_bwd_kernel_dkv, grid(work_dkv.shape[0], heads, launch.group),
+            q.device, q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_seqlens, table,
             *describe(launch, config, (launch.block_m,), q, dout),
             num_tokens, work_dkv.shape[0], heads, group, *strides, scale, *window,
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
-            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+            **options(launch),
         )  # fmt: skip
     if need_dq:
         launch = config.dq
         work_dq = listed("work_dq", work_dq)
-        _windowed_attention_bwd_kernel_dq[grid(work_dq.shape[0], heads, launch.group)](
-            q, k, v, dout, lse, delta, dq, work_dq, cu_seqlens, table,
+        run(
+            _windowed_attention_bwd_kernel_dq, grid(work_dq.shape[0], heads, launch.group),
+            q.device, q, k, v, dout, lse, delta, dq, work_dq, cu_seqlens, table,
             *describe(launch, config, (launch.block_n,), k, v),
             num_tokens, work_dq.shape[0], heads, group, *strides, scale, *window,
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
-            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+            **options(launch),
         )  # fmt: skip
     if need_dkv and group > 1:
         dk, dv = (x.unflatten(1, (heads_k, group)).sum(2).to(k.dtype) for x in (dk, dv))
