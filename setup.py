@@ -51,7 +51,9 @@ CXX_FLAGS = (
     "-O3 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas "
     "-Wno-maybe-uninitialized -Wno-uninitialized"  # GCC 12 warns of its own immintrin.h
 )
-CUDA_ARCHES = "8.0;9.0;10.0;12.0+PTX"
+# Binaries for these, which other chips of their generations run as well (8.6, 8.9, 10.3, 12.1), and
+# PTX for chips between (that of 8.0) and after them (that of 12.0).
+CUDA_ARCHES = "8.0+PTX;9.0;10.0;12.0+PTX"
 NVCC_FLAGS = "-O3 -std=c++20 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
 
 
@@ -75,6 +77,26 @@ def cuda_home() -> Path | None:
         return Path(wish)
     nvcc = shutil.which("nvcc")
     return Path(nvcc).resolve().parent.parent if nvcc else None
+
+
+def gencode(nvcc: Path) -> str:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, else for those of CUDA_ARCHES that this nvcc knows."""
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not wish:
+        command = [str(nvcc), "--list-gpu-arch"]
+        known = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        wish = [a for a in CUDA_ARCHES.split(";") if f"compute_{_digits(a)}" in known]
+    codes = []
+    for arch in wish:
+        number = _digits(arch)
+        codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return " ".join(codes)
+
+
+def _digits(arch: str) -> str:
+    return arch.removesuffix("+PTX").replace(".", "")
 
 
 def cuda_sources() -> list[Path]:
@@ -151,7 +173,8 @@ class Ninja:
             f"  flags = {flags}",
         ]
 
-    def run(self) -> None:
+    def run(self, *targets: Path) -> None:
+        """Builds the targets, or all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         command = ["ninja", "-C", str(self.folder)]
@@ -159,6 +182,7 @@ class Ninja:
             command[:1] = [sys.executable, "-m", "ninja"]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
+        command += [str(target) for target in targets]
         subprocess.run(command, check=True)
 
 
@@ -172,18 +196,28 @@ class BuildExt(build_ext):
 
     def build_extensions(self) -> None:
         ninja = Ninja(Path(self.build_temp).resolve() / "ninja")
+        targets = {}
         adders = {"_C_cpu": self.add_cpu, "_host": self.add_host, "_C_cuda": self.add_cuda}
         for extension in self.extensions:
-            target = Path(self.get_ext_fullpath(extension.name)).resolve()
+            target = targets[extension] = Path(self.get_ext_fullpath(extension.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             adders[extension.name.rpartition(".")[2]](ninja, target)
         try:
             ninja.run()
-        except (subprocess.CalledProcessError, FileNotFoundError) as error:
+        except (subprocess.CalledProcessError, FileNotFoundError):
             if mode() != "auto":
                 raise
-            print(f"sora_kernels: the compiled parts failed to build and are left out: {error}")
-            self.extensions.clear()
+            self.extensions[:] = [e for e in self.extensions if self.built(ninja, e, targets[e])]
+
+    def built(self, ninja: Ninja, extension: Extension, target: Path) -> bool:
+        """Whether this part can be built where not all can; an nvcc at odds with the C++ compiler,
+        say, does not take the CPU library with it."""
+        try:
+            ninja.run(target)
+        except (subprocess.CalledProcessError, FileNotFoundError) as error:
+            print(f"sora_kernels: {extension.name} failed to build and is left out: {error}")
+            return False
+        return True
 
     def add_cpu(self, ninja: Ninja, target: Path) -> None:
         import torch
@@ -219,15 +253,10 @@ class BuildExt(build_ext):
 
         base = Path(torch.__file__).parent
         cxx = str(compiler())
-        nvcc = f"{cuda_home()}/bin/nvcc -ccbin {shlex.quote(cxx)}"
-        arches = os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHES)
-        codes = []
-        for arch in arches.replace(" ", ";").split(";"):
-            number = arch.removesuffix("+PTX").replace(".", "")
-            codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-            if arch.endswith("+PTX"):
-                codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        kernel_flags = f"{NVCC_FLAGS} -I{ROOT}/csrc/common {' '.join(codes)}"
+        home = cuda_home()
+        assert home is not None  # why_no_cuda
+        nvcc = f"{home}/bin/nvcc -ccbin {shlex.quote(cxx)}"
+        kernel_flags = f"{NVCC_FLAGS} -I{ROOT}/csrc/common {gencode(home / 'bin' / 'nvcc')}"
         binding_flags = (
             f"{CXX_FLAGS} -I{ROOT}/csrc/common -std=c++20 -I{base}/include -DUSE_CUDA "
             f"-DTORCH_TARGET_VERSION={STABLE_ABI}"

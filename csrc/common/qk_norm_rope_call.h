@@ -27,7 +27,7 @@ inline Heads heads_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(rank == 3 || rank == 4, "sora_kernels: ", name,
                   ": expected [N, H, D] or [B, L, H, D], got ", rank, " dimensions");
   check_unit_stride(t, name);
-  return {t.const_data_ptr(), std::max<int64_t>(t.size(rank - 3), 1),
+  return {t.const_data_ptr(), rank == 4 ? tokens_per_batch(t) : std::max<int64_t>(t.size(0), 1),
           rank == 4 ? t.stride(0) : 0, t.stride(rank - 3), t.stride(rank - 2)};
 }
 

@@ -2,6 +2,7 @@
 // and the registration of raw ops. Shapes and dtypes were checked by the public Python functions; what
 // is checked here protects raw calls.
 #pragma once
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -36,11 +37,18 @@ inline void check_unit_stride(const Tensor& t, const char* name) {
                   t.stride(t.dim() - 1));
 }
 
+// Tokens before a stride other than that from one token to the next: L of [B, L, ...], or all where
+// batches follow each other, which spares kernels a division.
+inline int64_t tokens_per_batch(const Tensor& t) {
+  const bool one_run = t.size(0) == 1 || t.stride(0) == t.size(1) * t.stride(1);
+  return std::max<int64_t>(one_run ? t.size(0) * t.size(1) : t.size(1), 1);
+}
+
 // [B, L, D] -> N = B * L tokens.
 inline Tokens tokens_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 3, "sora_kernels: ", name, ": expected 3 dimensions, got ", t.dim());
   check_unit_stride(t, name);
-  return {t.const_data_ptr(), t.size(1) > 0 ? t.size(1) : 1, t.stride(0), t.stride(1), dtype_of(t)};
+  return {t.const_data_ptr(), tokens_per_batch(t), t.stride(0), t.stride(1), dtype_of(t)};
 }
 
 // [R, D], or nothing.

@@ -72,8 +72,8 @@ class Cuda {
 
   static int width_of(const Tensor& x) {
     const int64_t width = x.size(x.dim() - 1);
-    STD_TORCH_CHECK(width < INT_MAX / 2,
-                    "sora_kernels: x: expected rows of less than 2^30, got ", width);
+    STD_TORCH_CHECK(width <= 1 << 23,  // a grid has fewer than 2^16 blocks in y
+                    "sora_kernels: x: expected rows of at most 2^23, got ", width);
     return static_cast<int>(width);
   }
 
@@ -96,6 +96,8 @@ class Gradients {
   Gradients(const Cuda& device, int64_t tokens, int64_t width, const RowMap& rows,
             bool one_token_rows)
       : device_(device), tokens_(tokens), width_(width), rows_(rows), whole_(one_token_rows) {
+    STD_TORCH_CHECK(tokens <= INT_MAX - 1024,
+                    "sora_kernels: x: expected fewer than 2^31 tokens, got ", tokens);
     const int64_t size = block_tokens(tokens);
     blocks_ = tokens > 0 ? (tokens + size - 1) / size : 1;  // a null pointer means something else
   }

@@ -51,17 +51,31 @@ SORA_HD bool wants_dr(const Args& a) {
   return a.dx || a.dy[0] || a.dy[1] || a.dgate[0].grad.result || a.dgate[1].grad.result;
 }
 
+// A thread's pieces of a token: for each of its K vectors x, dresidual, dnormed, then y of every branch.
+template <class Tx, class Ty, class Tout, bool All>
+struct Layout {
+  static constexpr int V = kVector<Tx, Ty, Tout>, K = kElements / V;
+  static constexpr int B = Columns<V, All>::kBranches;
+  static constexpr int kX = kPieces<Tx, V>, kY = kPieces<Ty, V>, kOut = kPieces<Tout, V>;
+  static constexpr int kVectorPieces = 2 * kX + kOut + B * kY, kAll = K * kVectorPieces;
+  SORA_HD constexpr int x(int k) { return k * kVectorPieces; }
+  SORA_HD constexpr int dresidual(int k) { return x(k) + kX; }
+  SORA_HD constexpr int dnormed(int k) { return x(k) + 2 * kX; }
+  SORA_HD constexpr int y(int k, int b) { return x(k) + 2 * kX + kOut + b * kY; }
+};
+
 // Everything in one pass: whole rows, 16 bytes at a time, one block of sorted tokens per blockDim.x
 // threads.
 template <class Tx, class Ty, class Tout, bool All>
 __global__ void __launch_bounds__(kMaxThreads<All>, 1) gate_residual_norm_modulate_bwd_row(
-    const __grid_constant__ Args a, int64_t size) {
-  constexpr int V = kVector<Tx, Ty, Tout>, K = kElements / V, B = Columns<V, All>::kBranches;
-  // Eight fp32 numbers of the upstream gradient do not fit in registers until they are needed.
+    const __grid_constant__ Args a, int size, const __grid_constant__ AheadPlan plan) {
+  using L = Layout<Tx, Ty, Tout, All>;
+  constexpr int V = L::V, K = L::K, B = L::B;
+  // Eight fp32 numbers of the upstream gradient do not fit in registers until the sums are made.
   constexpr bool kLate = sizeof(Tx) == 4 && V == 8;
   __shared__ TeamScratch<2> scratch;
   const TokenBlock block = token_block(team_number(), a.tokens, size);
-  if (block.start >= a.tokens) return;
+  if (block.start == block.stop) return;
   const Rounding<Tx, Ty, Tout> round(a);
   auto column = [](int k) { return team_column<V>(k); };
   Columns<V, All> columns[K];
@@ -75,22 +89,49 @@ __global__ void __launch_bounds__(kMaxThreads<All>, 1) gate_residual_norm_modula
       if (row >= 0) columns[k].start_row();
     }
   };
-  walk(a.rows, block, change, [&](int64_t position, int64_t n, int64_t row) {
-    Words<Tx, V> xs[K] = {}, dresiduals[K] = {};
+  Ahead<L::kAll> ahead(plan);
+  auto ask = [&](int position) {
+    if (position < block.stop) {
+      const int64_t n = token_at(a.rows, position);
+      ahead.ask_statistics(a.mean ? a.mean + n : nullptr, a.rstd + n);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (column(k) >= a.width) continue;
+        ahead.template ask<Tx, V>(L::x(k), token_row<Tx>(a.x, n) + column(k));
+        ahead.template ask<Tout, V>(L::dnormed(k), token_row<Tout>(a.dnormed, n) + column(k));
+        if (a.dresidual.data)
+          ahead.template ask<Tx, V>(L::dresidual(k), token_row<Tx>(a.dresidual, n) + column(k));
+#pragma unroll
+        for (int b = 0; b < B; ++b)
+          if (a.y[b].data)
+            ahead.template ask<Ty, V>(L::y(k, b), token_row<Ty>(a.y[b], n) + column(k));
+      }
+    }
+    ahead.end();
+  };
+#pragma unroll 1
+  for (int i = 0; i < plan.tokens; ++i) ask(block.start + i);
+  walk(a.rows, block, change, [&](int position, int64_t n, int64_t row) {
+    ahead.wait();
+    const float mean = a.mean ? ahead.statistics()[0] : 0.0f, rstd = ahead.statistics()[1];
+    Words<Tx, V> xs[K], dresiduals[K] = {};
     Words<Ty, V> ys[K][B] = {};
-    Words<Tout, V> dnormed[K] = {};
+    Words<Tout, V> dnormed[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      if (column(k) >= a.width) continue;
-      dnormed[k] = fetch<Tout, V>(token_row<Tout>(a.dnormed, n) + column(k));
-      xs[k] = fetch<Tx, V>(token_row<Tx>(a.x, n) + column(k));
+      xs[k] = ahead.template take<Tx, V>(L::x(k));
+      dnormed[k] = ahead.template take<Tout, V>(L::dnormed(k));
 #pragma unroll
       for (int b = 0; b < B; ++b)
-        if (a.y[b].data) ys[k][b] = fetch<Ty, V>(token_row<Ty>(a.y[b], n) + column(k));
-      if (!kLate && a.dresidual.data)
-        dresiduals[k] = fetch<Tx, V>(token_row<Tx>(a.dresidual, n) + column(k));
+        if (a.y[b].data) ys[k][b] = ahead.template take<Ty, V>(L::y(k, b));
     }
-    const float mean = mean_of(a, n), rstd = a.rstd[n];
+    auto take_the_rest = [&] {
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (a.dresidual.data) dresiduals[k] = ahead.template take<Tx, V>(L::dresidual(k));
+      ask(position + plan.tokens);
+    };
+    if (!kLate) take_the_rest();
     float xhat[K][V] = {}, h[K][V] = {}, means[2] = {};
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -107,16 +148,18 @@ __global__ void __launch_bounds__(kMaxThreads<All>, 1) gate_residual_norm_modula
       widen<Tout, V>(dnormed[k], h[k]);
       norm_columns(a, row, column(k), mean, rstd, round, &columns[k].norm, xhat[k], h[k]);
 #pragma unroll
-      for (int i = 0; i < V; ++i) means[0] += h[k][i], means[1] += h[k][i] * xhat[k][i];
+      for (int i = 0; i < V; ++i) {
+        means[0] += h[k][i];
+        means[1] = fmaf(h[k][i], xhat[k][i], means[1]);
+      }
     }
+    if (kLate) take_the_rest();
     if (!wants_dr(a)) return;
-    team_means(a, means, scratch, static_cast<int>(position & 1));
+    team_means(a, means, scratch, position & 1);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (column(k) >= a.width) continue;
       const int64_t at = n * a.width + column(k);
-      if (kLate && a.dresidual.data)
-        dresiduals[k] = fetch<Tx, V>(token_row<Tx>(a.dresidual, n) + column(k));
       float dr[V];
       widen<Tx, V>(dresiduals[k], dr);  // zero without one
 #pragma unroll
@@ -127,7 +170,8 @@ __global__ void __launch_bounds__(kMaxThreads<All>, 1) gate_residual_norm_modula
         float v[V];
         widen<Ty, V>(ys[k][b], v);
 #pragma unroll
-        for (int i = 0; i < V; ++i) columns[k].dgate[b][i] += dr[i] * v[i];
+        for (int i = 0; i < V; ++i)
+          columns[k].dgate[b][i] = fmaf(dr[i], v[i], columns[k].dgate[b][i]);
         if (!a.dy[b]) continue;
         load_gate<V>(a, b, row, column(k), round, v);
 #pragma unroll
@@ -159,7 +203,7 @@ __global__ void __launch_bounds__(kAnyThreads, 1) gate_residual_norm_modulate_bw
 }
 
 __global__ void __launch_bounds__(kAnyThreads, 1) gate_residual_norm_modulate_bwd_any(
-    const __grid_constant__ Args a, int64_t size) {
+    const __grid_constant__ Args a, int size) {
   const int c = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
   if (c >= a.width) return;
   const TypedRounding round(a);
@@ -206,7 +250,7 @@ bool gate_residual_norm_modulate_bwd_holds_row(const Args& a) {
 }
 
 void gate_residual_norm_modulate_bwd(const Args& a, Stream stream) {
-  const int64_t size = block_tokens(a.tokens);
+  const int size = block_tokens(a.tokens);
   if (!gate_residual_norm_modulate_bwd_holds_row(a)) {
     launch_any(gate_residual_norm_modulate_bwd_means, gate_residual_norm_modulate_bwd_any, a,
                wants_dr(a), size, stream);
@@ -215,12 +259,14 @@ void gate_residual_norm_modulate_bwd(const Args& a, Stream stream) {
       using Tx = decltype(x);
       using Ty = decltype(y);
       using Tout = decltype(out);
-      if (needs_all(a))
-        launch_row(gate_residual_norm_modulate_bwd_row<Tx, Ty, Tout, true>, a, kMaxThreads<true>,
-                   size, stream);
-      else
-        launch_row(gate_residual_norm_modulate_bwd_row<Tx, Ty, Tout, false>, a, kMaxThreads<false>,
-                   size, stream);
+      auto launch_as = [&](auto all) {
+        constexpr bool kAll = decltype(all)::value;
+        launch_row<Layout<Tx, Ty, Tout, kAll>::kAll>(
+            gate_residual_norm_modulate_bwd_row<Tx, Ty, Tout, kAll>, a, kMaxThreads<kAll>, size,
+            stream);
+      };
+      if (needs_all(a)) launch_as(std::true_type{});
+      else launch_as(std::false_type{});
     });
   }
   FinishSums finish{a.tokens, size, a.width};

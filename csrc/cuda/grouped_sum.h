@@ -12,12 +12,14 @@
 namespace sora::cuda {
 
 struct TokenBlock {
-  int64_t number, start, stop;  // sorted positions
+  int number, start, stop;  // sorted positions
 };
 
-SORA_D TokenBlock token_block(int64_t number, int64_t tokens, int64_t size) {
-  const int64_t start = number * size;
-  return {number, start, start + size < tokens ? start + size : tokens};
+// Empty past the last token.
+SORA_D TokenBlock token_block(int64_t number, int64_t tokens, int size) {
+  const int64_t start = number * size < tokens ? number * size : tokens;
+  const int64_t stop = start + size < tokens ? start + size : tokens;
+  return {static_cast<int>(number), static_cast<int>(start), static_cast<int>(stop)};
 }
 
 // The running sum of `row` in a block, V columns of it.
@@ -28,7 +30,7 @@ SORA_D void flush(const GroupedSum& g, const TokenBlock& block, int64_t row, int
   if (first >= block.start && last <= block.stop) {
     store<V>(g.grad.result, g.grad.type, row * width + column, v);
   } else {
-    const int64_t slot = block.number * 2 + (first < block.start ? 0 : 1);
+    const int64_t slot = int64_t{block.number} * 2 + (first < block.start ? 0 : 1);
     store<float, V>(g.grad.partial + slot * width + column, v);
   }
 }

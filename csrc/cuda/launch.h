@@ -13,12 +13,24 @@ namespace sora::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kStaticShared = 48 << 10;  // bytes of shared memory that need no permission
+// Bytes of dynamic shared memory that need no permission, beside those of static variables.
+constexpr int kFreeShared = 47 << 10;
 
-inline void check(cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("sora_kernels: CUDA: ") + cudaGetErrorString(error));
+#ifdef __CUDACC__
+// Says which kernel failed and how it was launched. An error of an earlier kernel may show here first.
+inline void check(cudaError_t error, const void* kernel, dim3 grid, dim3 block, int shared_bytes) {
+  if (error == cudaSuccess) return;
+  const char* name = nullptr;
+  if (cudaFuncGetName(&name, kernel) != cudaSuccess || !name) name = "a kernel";
+  cudaGetLastError();  // the next launch starts without it
+  const auto shape = [](dim3 d) {
+    return std::to_string(d.x) + "x" + std::to_string(d.y) + "x" + std::to_string(d.z);
+  };
+  throw std::runtime_error(std::string("sora_kernels: CUDA: ") + cudaGetErrorString(error) +
+                           " at the launch of " + name + ", blocks " + shape(grid) + ", threads " +
+                           shape(block) + ", shared bytes " + std::to_string(shared_bytes));
 }
+#endif
 
 // An empty grid is a no-op. The kernel takes its arguments by value.
 template <class... Parameters, class... Arguments>
@@ -26,16 +38,30 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_byt
             const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef __CUDACC__
-  if (shared_bytes > kStaticShared)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  check(cudaGetLastError());
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kFreeShared)
+    error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) {
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    error = cudaGetLastError();
+  }
+  check(error, entry, grid, block, shared_bytes);
 #else
   (void)stream;
   emulator::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
 #endif
 }
+
+#ifdef __CUDACC__
+// The dynamic shared memory of a block.
+static __device__ __forceinline__ void* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+#else
+using emulator::dynamic_shared;
+#endif
 
 // Blocks of a grid in x; the largest grid is 2^31 - 1.
 inline unsigned blocks_of(int64_t items, int64_t per_block) {

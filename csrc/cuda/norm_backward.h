@@ -3,6 +3,7 @@
 // h = g * weight the gradient of the norm's input is
 // rstd * (h - mean(h) - xhat * mean(h * xhat))   (RMS: without mean(h)).
 #pragma once
+#include "ahead.h"
 #include "grouped_sum.h"
 #include "norm_forward.h"
 
@@ -66,7 +67,7 @@ SORA_D void backward_columns(const Normed& a, int outputs, const float (&xhat)[V
                              Law law, ModulationSums<V, O, All>* sums, float (&h)[V]) {
   float normed[V], rounded_xhat[V];
 #pragma unroll
-  for (int i = 0; i < V; ++i) rounded_xhat[i] = xhat[i], h[i] = 0.0f;
+  for (int i = 0; i < V; ++i) rounded_xhat[i] = xhat[i];
   round_at<T, V>(law, kXhat, rounded_xhat);
 #pragma unroll
   for (int i = 0; i < V; ++i) normed[i] = rounded_xhat[i];
@@ -76,13 +77,19 @@ SORA_D void backward_columns(const Normed& a, int outputs, const float (&xhat)[V
     if (o >= outputs) continue;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      if (sums) sums->dshift[o][i] += g[o][i], sums->dscale[o][i] += g[o][i] * normed[i];
-      h[i] += g[o][i] * scales[o][i];
+      if (sums) {
+        sums->dshift[o][i] += g[o][i];
+        sums->dscale[o][i] = fmaf(g[o][i], normed[i], sums->dscale[o][i]);
+      }
+      h[i] = o == 0 ? g[o][i] * scales[o][i] : fmaf(g[o][i], scales[o][i], h[i]);
     }
   }
   if (All && sums) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) sums->dweight[i] += h[i] * rounded_xhat[i], sums->dbias[i] += h[i];
+    for (int i = 0; i < V; ++i) {
+      sums->dweight[i] = fmaf(h[i], rounded_xhat[i], sums->dweight[i]);
+      sums->dbias[i] += h[i];
+    }
   }
   if (a.weight.data) {
     float weight[V];
@@ -102,26 +109,27 @@ SORA_D void team_means(const Normed& a, float (&sums)[2], TeamScratch<2>& scratc
 
 // The gradient of the norm's input.
 SORA_D float norm_gradient(float rstd, float h, float xhat, const float (&means)[2]) {
-  return rstd * (h - means[0] - xhat * means[1]);
+  return rstd * fmaf(-xhat, means[1], h - means[0]);
 }
 
 SORA_D float mean_of(const Normed& a, int64_t n) { return a.mean ? a.mean[n] : 0.0f; }
 
 // visit(position, n, row) for the sorted tokens of a block, and change(before, row) wherever the row
-// changes, -1 at either end.
+// changes, -1 at either end. A row ends where the next one begins: maps are asked once per row.
 template <class Change, class Visit>
 SORA_D void walk(const RowMap& rows, const TokenBlock& block, Change change, Visit visit) {
-  int64_t row = -1;
-  for (int64_t position = block.start;; ++position) {
-    const bool end = position == block.stop;
-    const int64_t n = end ? 0 : token_at(rows, position), wanted = end ? -1 : row_of(rows, n);
-    if (wanted != row) {
-      change(row, wanted);
-      row = wanted;
+  int row = -1, end = block.start;  // of the row
+  for (int position = block.start; position < block.stop; ++position) {
+    const int n = static_cast<int>(token_at(rows, position));
+    if (position >= end) {
+      const int before = row;
+      row = static_cast<int>(row_of(rows, n));
+      end = static_cast<int>(row_begin(rows, row + 1));
+      change(before, row);
     }
-    if (end) break;
     visit(position, n, row);
   }
+  change(row, -1);
 }
 
 // The means of token n, whose row no team can hold, from columns(c, mean, rstd, xhat, h).
@@ -134,7 +142,7 @@ SORA_D void write_means(const Normed& a, int64_t n, float* means, Columns column
     float xhat[1], h[1];
     columns(c, mean, rstd, xhat, h);
     sums[0] += h[0];
-    sums[1] += h[0] * xhat[0];
+    sums[1] = fmaf(h[0], xhat[0], sums[1]);
   }
   team_means(a, sums, scratch, 0);
   if (threadIdx.x == 0) means[2 * n] = sums[0], means[2 * n + 1] = sums[1];
@@ -145,8 +153,8 @@ SORA_D void write_means(const Normed& a, int64_t n, float* means, Columns column
 // Any width, address and type: first the means of every row, where they are wanted, then everything
 // else, which is the columns' own: one thread per column and block of tokens.
 template <class Args>
-void launch_any(void (*means)(Args), void (*rest)(Args, int64_t), const Args& a, bool wants_means,
-                int64_t size, Stream stream) {
+void launch_any(void (*means)(Args), void (*rest)(Args, int), const Args& a, bool wants_means,
+                int size, Stream stream) {
   if (wants_means) {
     const dim3 block = row_threads(a.width, kElements, kAnyThreads);
     launch(means, dim3(blocks_of(a.tokens, block.y)), block, 0, stream, a);
@@ -156,12 +164,14 @@ void launch_any(void (*means)(Args), void (*rest)(Args, int64_t), const Args& a,
          stream, a, size);
 }
 
-// Whole rows, one block of sorted tokens per team.
-template <class Args>
-void launch_row(void (*kernel)(Args, int64_t), const Args& a, int threads, int64_t size,
+// Whole rows, one block of sorted tokens per team, whose threads ask for Pieces of a token.
+template <int Pieces, class Args>
+void launch_row(void (*kernel)(Args, int, AheadPlan), const Args& a, int threads, int size,
                 Stream stream) {
   const dim3 block = row_threads(a.width, kElements, threads);
-  launch(kernel, dim3(blocks_of(a.tokens, size * block.y)), block, 0, stream, a, size);
+  const AheadPlan plan = plan_ahead<Pieces>(block);
+  launch(kernel, dim3(blocks_of(a.tokens, size * block.y)), block, plan.bytes, stream, a, size,
+         plan);
 }
 
 }  // namespace sora::cuda

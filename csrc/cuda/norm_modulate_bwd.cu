@@ -18,15 +18,26 @@ SORA_D void load_scales(const Args& a, int64_t row, int column, Law law, float (
   for (int o = 0; o < O; ++o) load_scale<T, V>(a, a.scale[o], row, column, law, scales[o]);
 }
 
+// A thread's pieces of a token: for each of its K vectors x, then dy of every output.
+template <class Tin, class Tout, bool All>
+struct Layout {
+  static constexpr int V = kVector<Tin, Tout>, K = kElements / V, O = kOutputs<All>;
+  static constexpr int kX = kPieces<Tin, V>, kDy = kPieces<Tout, V>, kVectorPieces = kX + O * kDy;
+  SORA_HD constexpr int x(int k) { return k * kVectorPieces; }
+  SORA_HD constexpr int dy(int k, int o) { return x(k) + kX + o * kDy; }
+  static constexpr int kAll = K * kVectorPieces;
+};
+
 // Everything in one pass: whole rows, 16 bytes at a time, one block of sorted tokens per blockDim.x
 // threads.
 template <class Tin, class Tout, bool All>
 __global__ void __launch_bounds__(kMaxThreads<All>, 1) norm_modulate_bwd_row(
-    const __grid_constant__ Args a, int64_t size) {
-  constexpr int V = kVector<Tin, Tout>, K = kElements / V, O = kOutputs<All>;
+    const __grid_constant__ Args a, int size, const __grid_constant__ AheadPlan plan) {
+  using L = Layout<Tin, Tout, All>;
+  constexpr int V = L::V, K = L::K, O = L::O;
   __shared__ TeamScratch<2> scratch;
   const TokenBlock block = token_block(team_number(), a.tokens, size);
-  if (block.start >= a.tokens) return;
+  if (block.start == block.stop) return;
   auto column = [](int k) { return team_column<V>(k); };
   ModulationSums<V, O, All> sums[K];
   float scales[K][O][V];
@@ -42,19 +53,37 @@ __global__ void __launch_bounds__(kMaxThreads<All>, 1) norm_modulate_bwd_row(
       sums[k].start_row();
     }
   };
-  walk(a.rows, block, change, [&](int64_t position, int64_t n, int64_t) {
-    const Tin* x = token_row<Tin>(a.x, n);
-    Words<Tin, V> xs[K] = {};
-    Words<Tout, V> dys[K][O] = {};
+  Ahead<L::kAll> ahead(plan);
+  auto ask = [&](int position) {
+    if (position < block.stop) {
+      const int64_t n = token_at(a.rows, position);
+      ahead.ask_statistics(a.mean ? a.mean + n : nullptr, a.rstd + n);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (column(k) >= a.width) continue;
+        ahead.template ask<Tin, V>(L::x(k), token_row<Tin>(a.x, n) + column(k));
+#pragma unroll
+        for (int o = 0; o < O; ++o)
+          if (o < a.outputs)
+            ahead.template ask<Tout, V>(L::dy(k, o), token_row<Tout>(a.dy[o], n) + column(k));
+      }
+    }
+    ahead.end();
+  };
+#pragma unroll 1
+  for (int i = 0; i < plan.tokens; ++i) ask(block.start + i);
+  walk(a.rows, block, change, [&](int position, int64_t n, int64_t) {
+    ahead.wait();
+    const float mean = a.mean ? ahead.statistics()[0] : 0.0f, rstd = ahead.statistics()[1];
+    Words<Tin, V> xs[K];
+    Words<Tout, V> dys[K][O];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      if (column(k) >= a.width) continue;
-      xs[k] = fetch<Tin, V>(x + column(k));
+      xs[k] = ahead.template take<Tin, V>(L::x(k));
 #pragma unroll
-      for (int o = 0; o < O; ++o)
-        if (o < a.outputs) dys[k][o] = fetch<Tout, V>(token_row<Tout>(a.dy[o], n) + column(k));
+      for (int o = 0; o < O; ++o) dys[k][o] = ahead.template take<Tout, V>(L::dy(k, o));
     }
-    const float mean = mean_of(a, n), rstd = a.rstd[n];
+    ask(position + plan.tokens);
     float xhat[K][V] = {}, h[K][V] = {}, means[2] = {};
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -67,10 +96,13 @@ __global__ void __launch_bounds__(kMaxThreads<All>, 1) norm_modulate_bwd_row(
       for (int o = 0; o < O; ++o) widen<Tout, V>(dys[k][o], g[o]);
       backward_columns<Tout>(a, a.outputs, xhat[k], g, scales[k], column(k), a.law, &sums[k], h[k]);
 #pragma unroll
-      for (int i = 0; i < V; ++i) means[0] += h[k][i], means[1] += h[k][i] * xhat[k][i];
+      for (int i = 0; i < V; ++i) {
+        means[0] += h[k][i];
+        means[1] = fmaf(h[k][i], xhat[k][i], means[1]);
+      }
     }
     if (!a.dx) return;
-    team_means(a, means, scratch, static_cast<int>(position & 1));
+    team_means(a, means, scratch, position & 1);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (column(k) >= a.width) continue;
@@ -112,7 +144,7 @@ __global__ void __launch_bounds__(kAnyThreads, 1) norm_modulate_bwd_means(
 }
 
 __global__ void __launch_bounds__(kAnyThreads, 1) norm_modulate_bwd_any(
-    const __grid_constant__ Args a, int64_t size) {
+    const __grid_constant__ Args a, int size) {
   const int c = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
   if (c >= a.width) return;
   const TokenBlock block = token_block(blockIdx.x, a.tokens, size);
@@ -151,16 +183,20 @@ bool norm_modulate_bwd_holds_row(const Args& a) {
 }
 
 void norm_modulate_bwd(const Args& a, Stream stream) {
-  const int64_t size = block_tokens(a.tokens);
+  const int size = block_tokens(a.tokens);
   if (!norm_modulate_bwd_holds_row(a)) {
     launch_any(norm_modulate_bwd_means, norm_modulate_bwd_any, a, a.dx != nullptr, size, stream);
   } else {
     by_type(a.x.type, a.out_type, [&](auto in, auto out) {
       using In = decltype(in);
       using Out = decltype(out);
-      if (needs_all(a))
-        launch_row(norm_modulate_bwd_row<In, Out, true>, a, kMaxThreads<true>, size, stream);
-      else launch_row(norm_modulate_bwd_row<In, Out, false>, a, kMaxThreads<false>, size, stream);
+      auto launch_as = [&](auto all) {
+        constexpr bool kAll = decltype(all)::value;
+        launch_row<Layout<In, Out, kAll>::kAll>(norm_modulate_bwd_row<In, Out, kAll>, a,
+                                                kMaxThreads<kAll>, size, stream);
+      };
+      if (needs_all(a)) launch_as(std::true_type{});
+      else launch_as(std::false_type{});
     });
   }
   FinishSums finish{a.tokens, size, a.width};

@@ -26,12 +26,7 @@ struct Shared {
 };
 
 SORA_D Shared shared_of(const QkSide& s, int groups) {
-#ifdef __CUDACC__
-  extern __shared__ __align__(16) unsigned char memory[];
-#else
-  void* memory = emulator::dynamic_shared();
-#endif
-  int* words = reinterpret_cast<int*>(memory);
+  int* words = static_cast<int*>(dynamic_shared());
   return {words, reinterpret_cast<float*>(words + 4 * s.tile),
           reinterpret_cast<float*>(words + shared_words(s.tile, groups))};
 }

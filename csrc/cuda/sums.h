@@ -15,10 +15,10 @@ struct GroupedSum {
 };
 
 // Sorted tokens per block: about a thousand blocks fill any GPU, and more only write more partials.
-inline int64_t block_tokens(int64_t tokens) {
+inline int block_tokens(int64_t tokens) {
   constexpr int64_t kBlocks = 1024, kFewest = 4;
   const int64_t share = (tokens + kBlocks - 1) / kBlocks;
-  return share < kFewest ? kFewest : share;
+  return static_cast<int>(share < kFewest ? kFewest : share);
 }
 
 constexpr int kMaxSums = 6;

@@ -3,8 +3,9 @@
 // each other: __syncthreads, __syncwarp and shuffles. Blocks run one after another, on one core.
 //
 // What it finds beyond wrong results: barriers and shuffles that not all threads reach (an error, not
-// a hang), results that depend on the order of threads (run with both orders, see sora_emulator_order)
-// and shared memory that is read before it was written (it is poisoned before every block).
+// a hang), results that depend on the order of threads (run with both orders, see sora_emulator_order),
+// shared memory that is read before it was written (it is poisoned before every block) and what was
+// asked for by cp.async and not waited for (the copy is made by the wait, as late as can be).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -53,6 +54,10 @@ void run(dim3 grid, dim3 block, int shared_bytes, const std::function<void()>& b
 void* dynamic_shared();
 void block_barrier();
 void warp_barrier(unsigned mask);
+// cp.async of the calling thread. What was asked for is poison until it was waited for.
+void copy_later(void* shared, const void* global, int bytes);
+void end_group();
+void wait_for_copies(int groups_left);
 // The 8 bytes that lane `source` brings to this shuffle.
 uint64_t exchange(unsigned mask, uint64_t bits, int source);
 int lane();

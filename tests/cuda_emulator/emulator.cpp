@@ -38,6 +38,13 @@ struct Warp {
   int size = 0;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  unsigned group;
+};
+
 struct Fiber {
   jmp_buf place;
   std::unique_ptr<char[]> stack;  // null: it never ran
@@ -46,6 +53,8 @@ struct Fiber {
   const Barrier* waits_for = nullptr;
   unsigned round = 0;
   bool done = false;
+  std::vector<Copy> copies;  // asked for, oldest first
+  unsigned group = 0;        // of copies, under construction
 };
 
 jmp_buf scheduler;
@@ -112,6 +121,7 @@ void start(Fiber& fiber, int number, dim3 index) {
   fiber.index = index;
   fiber.waits_for = nullptr;
   fiber.done = false;
+  fiber.copies.clear();
 }
 
 void run_block(int threads) {
@@ -176,6 +186,20 @@ void block_barrier() {
 void warp_barrier(unsigned mask) {
   check_mask(mask, own_warp());
   wait(own_warp().barrier, own_warp().size);
+}
+void copy_later(void* shared, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
+    __builtin_trap();  // a fault on a GPU
+  std::memset(shared, 0xff, bytes);  // NaN
+  current->copies.push_back({shared, global, bytes, current->group});
+}
+void end_group() { ++current->group; }
+void wait_for_copies(int groups_left) {
+  auto& copies = current->copies;
+  size_t there = 0;
+  for (; there < copies.size() && static_cast<int>(current->group - copies[there].group) > groups_left; ++there)
+    std::memcpy(copies[there].to, copies[there].from, copies[there].bytes);
+  copies.erase(copies.begin(), copies.begin() + there);
 }
 uint64_t exchange(unsigned mask, uint64_t bits, int source) {
   Warp& warp = own_warp();
