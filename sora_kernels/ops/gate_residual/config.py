@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .._config import MAX_WIDTH, ForwardConfig, block_tokens, forward_rows, next_power_of_2
+from .._config import (
+    MAX_WIDTH,
+    ForwardConfig,
+    block_tokens,
+    forward_rows,
+    load_stages,
+    next_power_of_2,
+)
 from .._tables import Chip, chip_of, tuned
 
 __all__ = ["MAX_WIDTH", "BackwardConfig", "backward", "chip_of", "forward"]
@@ -16,6 +23,7 @@ class BackwardConfig(NamedTuple):
     block_d: int
     block_tokens: int  # sorted tokens per program; fixes the order of summation
     num_warps: int
+    num_stages: int  # of the loop over tokens
 
 
 def forward(width: int, norm: bool, chip: Chip | None = None) -> ForwardConfig:
@@ -25,11 +33,14 @@ def forward(width: int, norm: bool, chip: Chip | None = None) -> ForwardConfig:
     return tuned("gate_residual", "forward", default, fields, chip, width=width, norm=norm)
 
 
-def backward(tokens: int, width: int, norm: bool, chip: Chip | None = None) -> BackwardConfig:
-    """At most about 16 fp32 values per array and thread: dout, y and the sums must all fit."""
+def backward(
+    tokens: int, width: int, norm: bool, itemsize: int, chip: Chip | None = None
+) -> BackwardConfig:
+    """Eight fp32 values per array and thread (more of rows above 4096): dout, y and the sums must
+    all fit. ``itemsize``: bytes of a number of dout and y."""
     block_d = min(max(next_power_of_2(width), 16), MAX_WIDTH if norm else _SLICE)
-    num_warps = min(max(block_d // (32 * 8), 1), 32)
-    default = BackwardConfig(block_d, 0, num_warps)
-    fields = ("num_warps",) if norm else ("block_d", "num_warps")
+    num_warps = min(max(block_d // (32 * 8), 1), 16)
+    default = BackwardConfig(block_d, 0, num_warps, load_stages(2 * block_d * itemsize))
+    fields = ("num_warps", "num_stages") if norm else ("block_d", "num_warps", "num_stages")
     found = tuned("gate_residual", "backward", default, fields, chip, width=width, norm=norm)
     return found._replace(block_tokens=block_tokens(tokens, -(-width // found.block_d)))

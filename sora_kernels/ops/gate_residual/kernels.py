@@ -8,15 +8,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ...aot import AotCase
-from .._device import GATED, TANH, XHAT, affine, load_f32, load_modulation, tanh
+from .._device import (
+    AFFINE,
+    GATED,
+    TANH,
+    XHAT,
+    affine,
+    load_f32,
+    load_modulation,
+    load_vectors,
+    row_sums,
+    tanh,
+)
 from .._grouped import (
     finish_rows,
     flush,
     new_partials,
     round_if,
     row_bounds,
-    row_of,
     rows_of,
+    run_at,
     sorted_token,
     token_offset,
 )
@@ -130,76 +141,76 @@ def _gate_residual_bwd_kernel(
     NORM: tl.constexpr,
     LAW: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dy and the running sums of dgate and dweight, over one block of sorted tokens.
 
     For b = norm(y) * weight and h = dout * act(gate) * weight: dgate += dout * b * act'(gate),
     dweight += dout * act(gate) * xhat, dy = rstd * (h - mean(h) - xhat * mean(h * xhat))
     (RMS: without mean(h); no norm: dy = h).
+
+    A block is walked run by run: the gate and its tanh are those of a row, and the loop over the
+    row's tokens is pipelined.
     """
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
-    block = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(0)
     start = block * block_tokens
     end = tl.minimum(start + block_tokens, tokens)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = cols < width
-    dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
     dweight = tl.zeros([BLOCK_D], dtype=tl.float32)
+    weight, _ = load_vectors(weight_ptr, None, cols, mask)
 
-    for i in range(end - start):
-        position = start + i
-        n = sorted_token(position, order_ptr)
-        dout_offset = token_offset(n, per_batch, dout_batch_stride, dout_token_stride)
-        dout = load_f32(dout_ptr + dout_offset + cols, mask)
-        dbranch = dout
-        act = dout
+    position = start
+    while position < end:
+        row, stop = run_at(
+            position, end, order_ptr, index_ptr, offsets_ptr, tokens_per_row, gate_ptr is not None
+        )
+        dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
+        gate = 1.0
+        slope = 1.0  # of the gate's activation
         if gate_ptr is not None:
-            row = row_of(n, index_ptr, tokens_per_row)
-            offsets = row * gate_stride + cols
+            offsets = row.to(tl.int64) * gate_stride + cols
             gate = load_modulation(gate_ptr, gate_table_ptr, offsets, cols, mask, mask, LAW, dtype)
-            act = gate
             if WITH_TANH:
-                act = tanh(gate)
-                gate = round_if(act, LAW, TANH, dtype)
-            dbranch = dout * gate
+                gate = tanh(gate)
+                slope = 1.0 - gate * gate
+                gate = round_if(gate, LAW, TANH, dtype)
 
-        xhat = dout
-        if y_ptr is not None:
-            y_offset = token_offset(n, per_batch, y_batch_stride, y_token_stride)
-            xhat = load_f32(y_ptr + y_offset + cols, mask)
-        branch = xhat
-        dy = dbranch
-        if NORM > 0:
-            if mean_ptr is not None:
-                xhat = tl.where(mask, xhat - tl.load(mean_ptr + n), 0.0)
-            rstd = tl.load(rstd_ptr + n)
-            xhat *= rstd
-            rounded = round_if(xhat, LAW, XHAT, dtype)
-            if _DWEIGHT & NEEDS:
+        for i in tl.range(0, stop - position, num_stages=STAGES):
+            n = sorted_token(position + i, order_ptr)
+            dout_offset = token_offset(n, per_batch, dout_batch_stride, dout_token_stride)
+            dout = load_f32(dout_ptr + dout_offset + cols, mask)
+            dbranch = dout * gate
+            branch = 0.0
+            if y_ptr is not None:
+                y_offset = token_offset(n, per_batch, y_batch_stride, y_token_stride)
+                branch = load_f32(y_ptr + y_offset + cols, mask)
+            if NORM > 0:
+                if mean_ptr is not None:
+                    branch -= tl.load(mean_ptr + n)
+                rstd = tl.load(rstd_ptr + n)
+                xhat = branch * rstd
+                rounded = round_if(xhat, LAW, XHAT, dtype)
                 dweight += dbranch * rounded
-            branch = affine(rounded, weight_ptr, None, cols, mask, LAW, dtype)
-            if weight_ptr is not None:
-                dbranch *= load_f32(weight_ptr + cols, mask)
-            dy = dbranch - xhat * (tl.sum(dbranch * xhat, axis=0) / width)
-            if mean_ptr is not None:
-                dy -= tl.sum(dbranch, axis=0) / width
-            dy *= rstd
-        if _DY & NEEDS:
-            tl.store(dy_ptr + n * width + cols, dy.to(dtype), mask=mask)
+                branch = round_if(rounded * weight, LAW, AFFINE, dtype)
+                dbranch *= weight
+            dgate += dout * branch
+            if NORM > 0:
+                along, mean = row_sums(dbranch * xhat, dbranch, mean_ptr is not None)
+                dbranch = (dbranch - xhat * (along / width) - mean / width) * rstd
+            if _DY & NEEDS:
+                dy_offsets = n.to(tl.int64) * width + cols
+                tl.store(dy_ptr + dy_offsets, dbranch.to(dtype), mask=mask)
 
         if _DGATE & NEEDS:
-            dgate += dout * branch
-            # The row ends here, or the block does: store its sum and start anew.
             first, last = row_bounds(row, offsets_ptr, tokens_per_row)
-            if (position + 1 == end) | (position + 1 == last):
-                if WITH_TANH:
-                    dgate *= 1.0 - act * act
-                flush(dgate, row, first, last, start, end, block, dgate_ptr, partial_ptr,
-                      width, cols, mask)  # fmt: skip
-                dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
+            flush(dgate * slope, row, first, last, start, end, block, dgate_ptr, partial_ptr,
+                  width, cols, mask)  # fmt: skip
+        position = stop
 
     if _DWEIGHT & NEEDS:
-        tl.store(dweight_partial_ptr + block * width + cols, dweight, mask=mask)
+        tl.store(dweight_partial_ptr + block.to(tl.int64) * width + cols, dweight, mask=mask)
 
 
 def forward(
@@ -280,8 +291,8 @@ def backward(
         needs &= ~DGATE
     if weight is None:
         needs &= ~DWEIGHT
-    block_d, block_tokens, num_warps = config.backward(
-        tokens, width, norm > 0, config.chip_of(dout)
+    block_d, block_tokens, num_warps, stages = config.backward(
+        tokens, width, norm > 0, dout.element_size(), config.chip_of(dout)
     )
     blocks = triton.cdiv(tokens, block_tokens)
 
@@ -320,6 +331,7 @@ def backward(
         NORM=norm,
         LAW=law,
         BLOCK_D=block_d,
+        STAGES=stages,
         num_warps=num_warps,
         num_stages=1,
         enable_fp_fusion=law == 0,
@@ -371,7 +383,7 @@ def _forward_case(width: int, sandwich: bool) -> AotCase:
 
 
 def _backward_case(width: int, sandwich: bool) -> AotCase:
-    block_d, _, num_warps = config.backward(32768, width, sandwich)
+    block_d, _, num_warps, stages = config.backward(32768, width, sandwich, 2)
     pointers = {
         "dout_ptr": "*bf16", "y_ptr": "*bf16", "gate_ptr": "*bf16", "index_ptr": "*i32",
         "offsets_ptr": "*i32", "dy_ptr": "*bf16", "dgate_ptr": "*bf16", "partial_ptr": "*fp32",
@@ -394,6 +406,7 @@ def _backward_case(width: int, sandwich: bool) -> AotCase:
             "NORM": int(sandwich),
             "LAW": 0,
             "BLOCK_D": block_d,
+            "STAGES": stages,
         },
         num_warps=num_warps,
         num_stages=1,
