@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """`block_m` query rows by `block_n` key rows; `group` query (or key) blocks run per head
     before the next head starts, so that neighbours on the chip share their keys in L2.
     `descriptors`: the loop reads by tensor descriptors where all it reads is `describable`."""
@@ -26,6 +26,11 @@ class Launch:
     num_stages: int
     group: int = 16
     descriptors: bool = False
+
+    def stages(self, descriptors: bool) -> int:
+        """`num_stages` of the loop, which decides about no bit: by pointers at most two, because
+        the addresses of further blocks would not fit the registers."""
+        return self.num_stages if descriptors else min(self.num_stages, 2)
 
 
 @dataclass(frozen=True)
@@ -142,21 +147,39 @@ def reads_by_descriptors(kind: str, major: int, wide: int) -> bool:
 def _half_precision(major: int, dim1: int, dim2: int) -> Config:
     wide = dim1 + dim2
 
-    def launch(kind: str, block_m: int, block_n: int, num_stages: int = 2) -> Launch:
+    def launch(kind: str, block_m: int, block_n: int, warps: int = 8, stages: int = 2) -> Launch:
         descriptors = reads_by_descriptors(kind, major, wide)
-        return Launch(block_m, block_n, 8, num_stages, descriptors=descriptors)
+        return Launch(block_m, block_n, warps, stages, descriptors=descriptors)
 
+    if major == 9:
+        numbers = dict(zip(("fwd", "dq", "dkv"), _hopper(wide, dim2), strict=True))
+        return Config(dim1=dim1, dim2=dim2, **{k: launch(k, *numbers[k]) for k in numbers})
     if wide > 128:
         rows = 64 if major == 10 else 32
-        fwd = launch("fwd", 64, 32, 1)
-        dq, dkv = launch("dq", rows, 32, 1), launch("dkv", 32, rows, 1)
-    elif major in (9, 10):
-        fwd = launch("fwd", 128, 128, 2 if wide > 64 else 3)
+        fwd = launch("fwd", 64, 32, 8, 1)
+        dq, dkv = launch("dq", rows, 32, 8, 1), launch("dkv", 32, rows, 8, 1)
+    elif major == 10:
+        fwd = launch("fwd", 128, 128, 8, 2 if wide > 64 else 3)
         dq, dkv = launch("dq", 128, 64), launch("dkv", 32 if wide > 64 else 64, 128)
     else:
         fwd = launch("fwd", 128, 64)
         dq, dkv = launch("dq", 64, 64), launch("dkv", 32 if dim2 else 64, 64)
     return Config(fwd, dq, dkv, dim1, dim2)
+
+
+def _hopper(wide: int, dim2: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Block of queries, of keys, warps and stages of the forward, of dq and of dk and dv.
+
+    Of `s` stages Triton issues a load at the end of an iteration, for the one `s - 1` further: with
+    two, the next iteration waits for most of its latency. And the warp groups of a program come
+    to the softmax together, while the matrix unit stands still. Where registers allow, two programs
+    therefore share an SM: up to 128 of 8 warps (forward, heads up to 80), 255 of 4 (dk and dv).
+    """
+    if wide > 128:
+        return (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)
+    fwd = (128, 64 if wide <= 80 else 128, 8, 3)
+    dkv = (32, 128, 8, 3) if wide > 96 else (32 if dim2 else 64, 64, 4, 3)
+    return fwd, (128, 64, 8, 3), dkv
 
 
 def _capability(device_index: int) -> tuple[int, int]:

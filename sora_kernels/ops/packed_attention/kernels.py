@@ -6,6 +6,7 @@ Blocks start at the segment's first token, so a segment computes the same bits i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -318,11 +319,10 @@ def upcast(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype is torch.bfloat16
 
 
-def options(launch: Launch) -> dict[str, Any]:
-    """How Triton shall compile the kernel of a launch."""
-    return {
-        "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,
-    }  # fmt: skip
+def options(launch: Launch, descriptors: Sequence[object]) -> dict[str, Any]:
+    """How Triton shall compile the kernel of a launch with these descriptors."""
+    stages = launch.stages(descriptors[0] is not None)
+    return {"num_warps": launch.num_warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def forward(
@@ -340,14 +340,14 @@ def forward(
     if num_tokens == 0 or heads == 0:
         return out, lse
     step, strides = in_steps(q, k, v)
+    descs = describe(launch, config, (launch.block_n, launch.block_n // 2), k, v)
     run(
         _packed_attention_fwd_kernel, grid(work.shape[0], heads, launch.group), q.device,
-        q, k, v, out, lse, work, cu_q, cu_k,
-        *describe(launch, config, (launch.block_n, launch.block_n // 2), k, v),
+        q, k, v, out, lse, work, cu_q, cu_k, *descs,
         num_tokens, work.shape[0], heads, heads // k.shape[1], *strides, scale, int(causal),
         D=head_dim, D1=config.dim1, D2=config.dim2,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STEP=step, GROUP=launch.group,
-        UPCAST=upcast(q), **options(launch),
+        UPCAST=upcast(q), **options(launch, descs),
     )  # fmt: skip
     return out, lse
 

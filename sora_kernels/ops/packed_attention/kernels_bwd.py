@@ -339,25 +339,25 @@ def backward(
         launch = config.dkv
         if work_dkv is None:
             work_dkv = work_list(cu_k, k.shape[0], launch.block_n, cu_q.diff())
+        descs = describe(launch, config, (launch.block_m,), q, dout)
         run(
             _packed_attention_bwd_kernel_dkv, grid(work_dkv.shape[0], heads, launch.group),
-            q.device, q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_q, cu_k,
-            *describe(launch, config, (launch.block_m,), q, dout),
+            q.device, q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_q, cu_k, *descs,
             num_tokens, work_dkv.shape[0], heads, group, *strides, scale, int(causal),
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
-            **options(launch),
+            **options(launch, descs),
         )  # fmt: skip
     if need_dq and num_tokens:
         launch = config.dq
         if work_dq is None:
             work_dq = work_list(cu_q, num_tokens, launch.block_m, cu_k.diff())
+        descs = describe(launch, config, (launch.block_n,), k, v)
         run(
             _packed_attention_bwd_kernel_dq, grid(work_dq.shape[0], heads, launch.group),
-            q.device, q, k, v, dout, lse, delta, dq, work_dq, cu_q, cu_k,
-            *describe(launch, config, (launch.block_n,), k, v),
+            q.device, q, k, v, dout, lse, delta, dq, work_dq, cu_q, cu_k, *descs,
             num_tokens, work_dq.shape[0], heads, group, *strides, scale, int(causal),
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
-            **options(launch),
+            **options(launch, descs),
         )  # fmt: skip
     if need_dkv and group > 1:
         dk, dv = (x.unflatten(1, (heads_k, group)).sum(2).to(k.dtype) for x in (dk, dv))

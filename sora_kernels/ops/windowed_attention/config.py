@@ -6,6 +6,8 @@ packed must equal alone bitwise.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,16 @@ def choose_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
     dim1, dim2 = split_head_dim(head_dim)
     if capability is None:
         return Config(INTERPRETER, INTERPRETER, INTERPRETER, dim1, dim2)
-    return choose_dense_config(head_dim, dtype, capability)
+    config = choose_dense_config(head_dim, dtype, capability)
+    if capability[0] == 9 and dtype is not torch.float32:
+        # What finds a block's rows takes registers: two programs do not fit, so blocks are large.
+        if dim1 + dim2 <= 128:
+            config = replace(config, fwd=config.fwd._replace(block_n=128))
+        else:  # wider blocks come out as wgmma one after another
+            config = replace(
+                config, fwd=config.fwd._replace(block_n=32), dq=config.dq._replace(block_m=32)
+            )
+    return config
 
 
 def config_for(q: Tensor) -> Config:

@@ -152,14 +152,14 @@ def forward(
         return out, lse
     work = listed("work", work)
     step, strides = in_steps(q, k, v)
+    descs = describe(launch, config, (launch.block_n,), k, v)
     run(
         _windowed_attention_fwd_kernel, grid(work.shape[0], heads, launch.group), q.device,
-        q, k, v, out, lse, work, cu_seqlens, table,
-        *describe(launch, config, (launch.block_n,), k, v),
+        q, k, v, out, lse, work, cu_seqlens, table, *descs,
         num_tokens, work.shape[0], heads, heads // k.shape[1], *strides, scale, *window,
         D=head_dim, D1=config.dim1, D2=config.dim2,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STEP=step, GROUP=launch.group,
-        UPCAST=upcast(q), **options(launch),
+        UPCAST=upcast(q), **options(launch, descs),
     )  # fmt: skip
     return out, lse
 

@@ -168,24 +168,24 @@ def backward(
     if need_dkv:
         launch = config.dkv
         work_dkv = listed("work_dkv", work_dkv)
+        descs = describe(launch, config, (launch.block_m,), q, dout)
         run(
             _windowed_attention_bwd_kernel_dkv, grid(work_dkv.shape[0], heads, launch.group),
-            q.device, q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_seqlens, table,
-            *describe(launch, config, (launch.block_m,), q, dout),
+            q.device, q, k, v, dout, lse, delta, dk, dv, work_dkv, cu_seqlens, table, *descs,
             num_tokens, work_dkv.shape[0], heads, group, *strides, scale, *window,
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
-            **options(launch),
+            **options(launch, descs),
         )  # fmt: skip
     if need_dq:
         launch = config.dq
         work_dq = listed("work_dq", work_dq)
+        descs = describe(launch, config, (launch.block_n,), k, v)
         run(
             _windowed_attention_bwd_kernel_dq, grid(work_dq.shape[0], heads, launch.group),
-            q.device, q, k, v, dout, lse, delta, dq, work_dq, cu_seqlens, table,
-            *describe(launch, config, (launch.block_n,), k, v),
+            q.device, q, k, v, dout, lse, delta, dq, work_dq, cu_seqlens, table, *descs,
             num_tokens, work_dq.shape[0], heads, group, *strides, scale, *window,
             **dims, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=launch.group,
-            **options(launch),
+            **options(launch, descs),
         )  # fmt: skip
     if need_dkv and group > 1:
         dk, dv = (x.unflatten(1, (heads_k, group)).sum(2).to(k.dtype) for x in (dk, dv))
