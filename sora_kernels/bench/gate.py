@@ -1,30 +1,39 @@
 """Did a change make it slower? `python -m sora_kernels.bench.gate --base DIR --head DIR --run CMD`
 
 Both checkouts run the same script in turn (A B B A A B ...), each time in a process of its own, so
-that they share the machine's good and bad minutes. The script prints one JSON object,
+that they share the machine's good and bad minutes; with `--turns` both at once, measuring in turn,
+so that they share its milliseconds. The script prints one JSON object,
 `{"name": milliseconds, ...}`, as its last line and may time anything; what is compared is the ratio
 head over base within each pair of neighbours. The gate fails when, for some name, even the lower
-end of the ratio's interval is over the threshold. See docs/ci.md for its use by another project.
+end of the ratio's interval is over the threshold. The intervals hold together: the more names, the
+wider each, so that on equal checkouts one in forty runs fails at most, however noisy the machine.
+See docs/ci.md for its use by another project.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from .schema import write_text
 from .timing import Interval, median_interval
+from .turns import REFEREE, referee
 
-FEWEST_ROUNDS = 6
-"""Of pairs: with fewer no interval of a median covers 95%."""
+WRONG = 0.05
+"""Probability that any of the intervals misses its ratio; half of it, that one lies above."""
 
 Times = Mapping[str, float]
 
@@ -33,26 +42,84 @@ class Failed(Exception):
     """A run of the script that says nothing about speed."""
 
 
-def run_once(folder: Path, command: Sequence[str], seconds: float) -> Times:
-    """The times that the script prints (last line of its output) in `folder`.
+def rounds_for(names: int, outliers: int = 0) -> int:
+    """Pairs that intervals of so many names need, with so many outliers on either side of each."""
+    for rounds in count(1):
+        beyond = sum(math.comb(rounds, k) for k in range(outliers + 1))
+        if 2 * beyond * names <= WRONG * 2**rounds:
+            return rounds
+    raise AssertionError
 
-    The folder comes first on PYTHONPATH: an installed package must not stand in for a checkout.
-    """
-    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
+
+def environment(folder: Path) -> dict[str, str]:
+    """The folder and its `src` come first on PYTHONPATH: an installed package must not stand in
+    for a checkout."""
+    first = [str(folder), *map(str, filter(Path.is_dir, [folder / "src"]))]
+    path = os.pathsep.join([*first, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def run_once(folder: Path, command: Sequence[str], seconds: float) -> Times:
+    """The times that the script prints (last line of its output) in `folder`."""
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
-        )
+            command, cwd=folder, env=environment(folder), capture_output=True, text=True,
+            timeout=seconds,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise Failed(f"{folder}: no result after {seconds:.0f} s") from None
     except OSError as error:
         raise Failed(f"{folder}: {error}") from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise Failed(f"{folder}: exit code {done.returncode}: {last}")
+    return times_of(folder, done.returncode, done.stdout, done.stderr)
+
+
+def run_both(folders: Sequence[Path], command: Sequence[str], seconds: float) -> list[Times]:
+    """As `run_once` in each of two folders, both at once and taking turns; the first begins."""
+    with ExitStack() as stack:
+        ends, running, outputs = [], [], []
+        for folder in folders:
+            mine, theirs = socket.socketpair()
+            stack.callback(mine.close)
+            mine.settimeout(seconds)
+            output = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
+            number = theirs.fileno()
+            try:
+                process = subprocess.Popen(
+                    command, cwd=folder, env=environment(folder) | {REFEREE: str(number)},
+                    stdout=output[0], stderr=output[1], pass_fds=[number],
+                )  # fmt: skip
+            except OSError as error:
+                raise Failed(f"{folder}: {error}") from None
+            finally:
+                theirs.close()
+            stack.callback(process.wait)
+            stack.callback(process.kill)  # called first; it may have ended
+            ends.append(mine)
+            running.append(process)
+            outputs.append(output)
+        try:
+            turns = referee(ends, 0)
+            codes = [process.wait(seconds) for process in running]
+        except (TimeoutError, subprocess.TimeoutExpired):
+            raise Failed(
+                f"{' and '.join(map(str, folders))}: nothing for {seconds:.0f} s"
+            ) from None
+        found = []
+        for folder, code, output in zip(folders, codes, outputs, strict=True):
+            for stream in output:
+                stream.seek(0)
+            found.append(times_of(folder, code, *(stream.read() for stream in output)))
+    if not all(turns):
+        raise Failed("--turns: expected a script that times by sora_kernels.bench.measure")
+    return found
+
+
+def times_of(folder: Path, code: int, output: str, errors: str) -> Times:
+    if code:
+        last = (errors.strip().splitlines() or ["no message"])[-1]
+        raise Failed(f"{folder}: exit code {code}: {last}")
     try:
-        times = json.loads(done.stdout.strip().splitlines()[-1])
+        times = json.loads(output.strip().splitlines()[-1])
         if not times or not all(float(ms) > 0 for ms in times.values()):
             raise ValueError("no times above 0")
     except (ValueError, IndexError, AttributeError, TypeError):
@@ -61,26 +128,51 @@ def run_once(folder: Path, command: Sequence[str], seconds: float) -> Times:
     return {name: float(ms) for name, ms in times.items()}
 
 
+def shared(pairs: Sequence[tuple[Times, Times]]) -> list[str]:
+    """The names that both sides have in every round."""
+    names = [n for n in pairs[0][0] if all(n in side for pair in pairs for side in pair)]
+    if not names:
+        raise Failed("base and head have no measured name in common")
+    return names
+
+
 def interleave(
-    base: Path, head: Path, command: Sequence[str], rounds: int, seconds: float
+    base: Path,
+    head: Path,
+    command: Sequence[str],
+    rounds: int | None,
+    seconds: float,
+    turns: bool,
 ) -> list[tuple[Times, Times]]:
-    """`rounds` pairs of runs, neighbours in time; who goes first alternates."""
-    pairs = []
-    for turn in range(rounds):
-        order = (base, head) if turn % 2 == 0 else (head, base)
+    """Pairs of runs, neighbours in time; who goes first alternates."""
+    pairs: list[tuple[Times, Times]] = []
+    while rounds is None or len(pairs) < rounds:
+        order = (base, head) if len(pairs) % 2 == 0 else (head, base)
         started = time.monotonic()
-        found = {folder: run_once(folder, command, seconds) for folder in order}
+        if turns:
+            found = dict(zip(order, run_both(order, command, seconds), strict=True))
+        else:
+            found = {folder: run_once(folder, command, seconds) for folder in order}
         pairs.append((found[base], found[head]))
-        print(f"round {turn + 1} of {rounds}: {time.monotonic() - started:.1f} s", file=sys.stderr)
+        names = len(shared(pairs))
+        rounds = rounds or rounds_for(names, outliers=1)
+        if rounds < rounds_for(names):
+            raise ValueError(
+                f"rounds: expected at least {rounds_for(names)} for intervals of {names} names, "
+                f"got {rounds}"
+            )
+        took = time.monotonic() - started
+        print(f"round {len(pairs)} of {rounds}: {took:.1f} s", file=sys.stderr)
     return pairs
 
 
 def ratios(pairs: Sequence[tuple[Times, Times]]) -> dict[str, Interval]:
-    """head / base by name, over the pairs; names that both sides have in every round."""
-    names = [n for n in pairs[0][0] if all(n in side for pair in pairs for side in pair)]
-    if not names:
-        raise Failed("base and head have no measured name in common")
-    return {n: median_interval([head[n] / base[n] for base, head in pairs]) for n in names}
+    """head / base by name, over the pairs; with 95% all intervals hold."""
+    names = shared(pairs)
+    confidence = 1 - WRONG / len(names)
+    return {
+        n: median_interval([head[n] / base[n] for base, head in pairs], confidence) for n in names
+    }
 
 
 def slower(found: Mapping[str, Interval], percent: float) -> list[str]:
@@ -101,8 +193,9 @@ def gate(
     head: Path,
     command: Sequence[str],
     *,
-    rounds: int = 10,
+    rounds: int | None = None,
     seconds: float = 300.0,
+    turns: bool = False,
 ) -> tuple[dict[str, Interval], list[tuple[Times, Times]]]:
     """head / base by name, and the times of every pair.
 
@@ -110,8 +203,9 @@ def gate(
         base, head: two checkouts. Each is the working folder of its runs and comes first on their
             PYTHONPATH.
         command: the script, as a list of words.
-        rounds: pairs of runs.
+        rounds: pairs of runs; None: as many as the names need, and one outlier of each.
         seconds: what one run may take.
+        turns: both at once, taking turns call by call of `measure`; else one after the other.
 
     Raises:
         ValueError: a folder is missing, both are the same, or there are too few rounds.
@@ -125,12 +219,12 @@ def gate(
         raise ValueError(f"head: expected another folder than base, got {head} twice")
     if not command:
         raise ValueError("command: expected a program, got nothing")
-    if rounds < FEWEST_ROUNDS:
+    if rounds is not None and rounds < rounds_for(1):
         raise ValueError(
-            f"rounds: expected at least {FEWEST_ROUNDS}, the fewest for a 95% interval, "
+            f"rounds: expected at least {rounds_for(1)}, the fewest for a 95% interval, "
             f"got {rounds}"
         )
-    pairs = interleave(base, head, command, rounds, seconds)
+    pairs = interleave(base, head, command, rounds, seconds, turns)
     return ratios(pairs), pairs
 
 
@@ -145,7 +239,11 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         "--run", default=command, required=command is None, metavar="COMMAND",
         help="the script, run in both checkouts" + (" (default: %(default)s)" if command else ""),
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="pairs (default 10)")
+    parser.add_argument(
+        "--turns", action=argparse.BooleanOptionalAction, default=command is not None,
+        help="run both at once, taking turns; for scripts that time by sora_kernels.bench.measure",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, metavar="N", help="pairs (default: by the names)")
     parser.add_argument("--fail-over", type=float, default=5.0, metavar="PERCENT")
     parser.add_argument("--limit", type=float, default=300.0, metavar="S", help="of one run")
     parser.add_argument("--json", type=Path, metavar="F", help="write all times to this file")
@@ -155,10 +253,12 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
             raise ValueError(f"--fail-over: expected 0 or more, got {options.fail_over:g}")
         found, pairs = gate(
             options.base, options.head, shlex.split(options.run), rounds=options.rounds,
-            seconds=options.limit,
+            seconds=options.limit, turns=options.turns,
         )  # fmt: skip
         failed = slower(found, options.fail_over)
         print(table(found, failed))
+        if alone := sorted({n for pair in pairs for side in pair for n in side} - set(found)):
+            print(f"not in every run of both, not compared: {', '.join(alone)}")
         if options.json:
             report: dict[str, Any] = {
                 "fail_over_percent": options.fail_over,
@@ -171,6 +271,9 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         return 2
     if failed:
         print(f"{len(failed)} of {len(found)} slower by over {options.fail_over:g}%, beyond doubt")
+    doubtful = sum(r.high > 1 + options.fail_over / 100 for r in found.values()) - len(failed)
+    if doubtful:
+        print(f"{doubtful} of {len(found)} too noisy to tell: {options.fail_over:g}% is inside")
     return 1 if failed else 0
 
 

@@ -18,6 +18,8 @@ from typing import Protocol
 
 import torch
 
+from .turns import turn
+
 Run = Callable[[], object]
 
 MIN_ROUNDS = 7  # the fewest for which [2nd smallest, 2nd largest] or the extremes cover 95%
@@ -82,10 +84,22 @@ def measure(
         raise ValueError("runs must name at least one callable, got none")
     if not 1 <= min_rounds <= max_rounds:
         raise ValueError(f"need 1 <= min_rounds <= max_rounds, got {min_rounds} and {max_rounds}")
+    with turn():
+        return _measure(runs, seconds, drive, warmup, min_rounds, max_rounds)
+
+
+def _measure(
+    runs: Mapping[str, Run],
+    seconds: float,
+    drive: Driver,
+    warmup: int,
+    min_rounds: int,
+    max_rounds: int,
+) -> dict[str, list[float]]:
     names = list(runs)
     costs = dict.fromkeys(names, math.inf)
-    for turn in range(max(1, warmup)):
-        if turn and sum(costs.values()) > LONG_ROUND:
+    for lap in range(max(1, warmup)):
+        if lap and sum(costs.values()) > LONG_ROUND:
             break
         for name in names:
             start = perf_counter()
@@ -123,6 +137,13 @@ def measure_cuda(
         raise ValueError("runs must name at least one callable, got none")
     if not 1 <= min_rounds <= max_rounds:
         raise ValueError(f"need 1 <= min_rounds <= max_rounds, got {min_rounds} and {max_rounds}")
+    with turn():
+        return _measure_cuda(runs, seconds, warmup, min_rounds, max_rounds)
+
+
+def _measure_cuda(
+    runs: Mapping[str, Run], seconds: float, warmup: int, min_rounds: int, max_rounds: int
+) -> dict[str, list[float]]:
     device = torch.cuda.current_device()
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(2 * max(l2_bytes, 1 << 26), dtype=torch.int8, device="cuda")
@@ -141,8 +162,8 @@ def measure_cuda(
     torch.cuda.synchronize()
     flush_ms = begin.elapsed_time(end) / 8
     enqueue, whole = dict.fromkeys(runs, math.inf), dict.fromkeys(runs, math.inf)
-    for turn in range(max(2, warmup)):
-        if turn > 1 and sum(whole.values()) > LONG_ROUND:
+    for lap in range(max(2, warmup)):
+        if lap > 1 and sum(whole.values()) > LONG_ROUND:
             break
         for name, run in runs.items():
             start = perf_counter()
