@@ -136,6 +136,8 @@ def parts(out: Path, quick: bool, wheels: Path | None = None, gpu: bool = True) 
         return Part(name, (_pytest(out, name, *what),), minutes)
 
     tuner = (PYTHON, "-m", "benchmarks.tune", "--out", str(out / "tables"))
+    blocks = (PYTHON, "-m", "benchmarks.tune_attention", "--budget", "4", "--jobs", str(workers()),
+              "--json", str(out / "tune_attention.json"))  # fmt: skip
     info = f"{PYTHON} -m sora_kernels.info --json > '{out / 'info.json'}'"
     listed = [
         Part("build", (BUILD, ("sh", "-c", info)), 1.5, always=True),
@@ -150,6 +152,7 @@ def parts(out: Path, quick: bool, wheels: Path | None = None, gpu: bool = True) 
         bench("e2e", 3.0, "--suite", "e2e"),
         *(of_file(name) for name in ATTENTION),
         Part("libraries", ((*tuner, "--libraries", str(out / "ops.json")),), 0.2),
+        Part("tune-attention", (blocks,), 5.0),
         _sanitize("memcheck", 3.0, smallest),
         _sanitize("racecheck", 4.0, smallest),
         *(Part(f"tune-{op}", ((*tuner, "--op", op, "--budget", "2.5"),), 2.7) for op in TUNED),
