@@ -6,7 +6,8 @@ longest of
 
 - its bytes over the bandwidth, times the share of it that a copy reaches,
 - the FLOPs of the multiprocessor with the most blocks, over its rate times the reachable share,
-- the latency of its loads, one after another where a program loops without pipelining.
+- the steps of a program's loop, one after another: each takes the latency of its loads, unless they
+  were issued during the steps before it, and what its barriers take.
 
 A launch is the sum of its waves, the last of which may be part empty, plus the cost of a launch.
 This is a model with assumptions (`ASSUMED`), not a measurement: a copy or matrix rate measured on
@@ -39,6 +40,7 @@ class Assumed:
     matrix_share: float = 0.7  # of the datasheet's matrix rate, by an attention kernel
     vector_share: float = 0.5  # of the fp32 rate: half of the instructions are no multiply-adds
     latency_us: float = 0.8  # from a load's issue to its use, under load
+    step_us: float = 0.3  # of a loop over tokens: a row reduced over a program's warps, and stored
     launch_us: float = 2.0  # from the end of one kernel to the first load of the next
 
 
@@ -76,12 +78,15 @@ def launch_us(launch: Launch, gpu: Gpu, assumed: Assumed = ASSUMED) -> float:
     per_sm = rate * 1e6 / gpu.sms  # FLOPs per microsecond
     bytes, flops = launch.bytes / launch.programs, launch.flops / launch.programs
 
+    waits = 1 if launch.pipelined else launch.steps
+    steps = waits * assumed.latency_us + (launch.steps - 1) * assumed.step_us
+
     def wave(programs: int) -> float:
         busiest = -(-programs // gpu.sms)
         return max(
             programs * bytes / bandwidth,
             busiest * flops / per_sm,
-            launch.steps * assumed.latency_us,
+            steps,
         )
 
     full, rest = divmod(launch.programs, resident * gpu.sms)
@@ -111,7 +116,7 @@ def compact(aot: Mapping[str, Any]) -> list[dict[str, Any]]:
         blocks = {
             name: int(words[name])
             for name in words
-            if name.startswith("BLOCK") or name in ("TOKENS", "HEADS")
+            if name.startswith("BLOCK") or name in ("TOKENS", "HEADS", "STAGES")
         }
         name = row["kernel"].partition("_sm")[0]  # one kernel may have a config per architecture
         facts = {"warps": int(words["warps"]), "regs": row["regs"], "smem": row["smem"]}

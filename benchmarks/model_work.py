@@ -29,7 +29,8 @@ class Launch:
         programs: thread blocks.
         bytes, flops: of all programs together.
         matrix: whether the FLOPs are the matrix units'.
-        steps: loads that wait for each other within a program (a loop that is not pipelined).
+        steps: iterations of a program's loop.
+        pipelined: whether an iteration's loads are issued during the ones before it.
     """
 
     kernel: Kernel
@@ -38,6 +39,7 @@ class Launch:
     flops: float
     matrix: bool = False
     steps: int = 1
+    pipelined: bool = False
 
 
 def numbers(text: str) -> list[int]:
@@ -60,7 +62,11 @@ def _rows(case: Mapping[str, Any], find: Find) -> list[Launch]:
     else:
         steps = block_tokens(tokens, slices)
         programs = ceil(tokens / steps) * slices
-    return [Launch(kernel, programs, case["bytes"], case["flops"], steps=steps)]
+    each = f"R={tokens}" in case["case"] or "R=N" in case["case"]  # rows of one token: no loop
+    pipelined = kernel.get("STAGES", 1) > 1 and not each
+    return [
+        Launch(kernel, programs, case["bytes"], case["flops"], steps=steps, pipelined=pipelined)
+    ]
 
 
 def _guided_step(case: Mapping[str, Any], find: Find) -> list[Launch]:

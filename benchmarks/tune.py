@@ -35,6 +35,7 @@ from .tune_libraries import library_rules
 
 ADOPT = 1.02  # the lower end of the interval must exceed it
 WARPS = (1, 2, 4, 8, 16, 32)
+STAGES = (1, 2, 4)
 # Fields whose product is what one program works on at a time.
 BLOCKS = ("block_d", "block_rows", "block_row", "block_l", "block_c", "block_w", "block_f",
           "tokens", "heads", "pairs")  # fmt: skip
@@ -54,12 +55,13 @@ def settings(lookup: Lookup) -> dict[str, int]:
 def candidates(lookup: Lookup) -> list[dict[str, int]]:
     """Changes to the configuration in use, nearest first: a pure function.
 
-    Blocks up to four times larger or smaller, any number of warps, such that a thread holds
-    between 4 and 64 numbers of the tile.
+    Blocks up to four times larger or smaller, any number of warps and stages, such that a thread
+    holds between 4 and 64 numbers of the tile.
     """
     now = settings(lookup)
+    fixed = {"num_warps": WARPS, "num_stages": STAGES}
     choices = [
-        WARPS if name == "num_warps" else sorted({max(1, now[name] * f // 4) for f in FACTORS})
+        fixed.get(name) or sorted({max(1, now[name] * f // 4) for f in FACTORS})
         for name in lookup.fields
     ]
     found = []

@@ -34,6 +34,21 @@ def per_batch(x: Tensor) -> int | None:
     return x.shape[1] if x.shape[0] > 1 else None
 
 
+def run_stages(stages: int, grouped: bool, index: Tensor | None, tokens_per_row: int) -> int:
+    """Stages of a loop over the tokens of a row: none to pipeline where a row is one token."""
+    return 1 if grouped and index is None and tokens_per_row == 1 else stages
+
+
+def flat(*tensors: Tensor) -> bool:
+    """Whether token n of all these ``[B, L, D]`` lies at n token strides, over all batches.
+
+    Most do, and their kernels need no division by L.
+    """
+    return all(
+        x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors
+    )
+
+
 def modulation_grad(like: Tensor, want: int, of: Tensor | None, table: Tensor | None) -> Tensor:
     """Memory for the gradient of a modulation, empty if it is absent or not wanted.
 

@@ -65,7 +65,13 @@ def test_one_block_more_than_a_wave_costs_arithmetic_a_step_and_memory_nothing()
 
 def test_a_loop_of_dependent_loads_waits_for_each() -> None:
     launch = Launch(KERNEL, 4 * H200.sms, bytes=1, flops=0, steps=8)
-    expected = 8 * ASSUMED.latency_us + ASSUMED.launch_us
+    expected = 8 * ASSUMED.latency_us + 7 * ASSUMED.step_us + ASSUMED.launch_us
+    assert launch_us(launch, H200) == pytest.approx(expected)
+
+
+def test_a_pipelined_loop_waits_once() -> None:
+    launch = Launch(KERNEL, 4 * H200.sms, bytes=1, flops=0, steps=8, pipelined=True)
+    expected = ASSUMED.latency_us + 7 * ASSUMED.step_us + ASSUMED.launch_us
     assert launch_us(launch, H200) == pytest.approx(expected)
 
 

@@ -15,6 +15,7 @@ from .._launch import (
     modulation_grad,
     per_batch,
     row_stride,
+    run_stages,
     token_strides,
     vector_grad,
     vector_partials,
@@ -252,6 +253,7 @@ def backward(
         tokens, width, streams, x.element_size(), config.chip_of(x)
     )
     blocks = triton.cdiv(tokens, block_tokens)
+    grouped = any(t is not None for t in (gate, gate2, shift, scale))
     dweight = vector_partials(x, needs & DWEIGHT, blocks, width)
     dbias = vector_partials(x, needs & DBIAS, blocks, width)
     partial = new_partials(modulations, index, tokens_per_row, blocks, width)
@@ -302,10 +304,10 @@ def backward(
         slices,
         NEEDS=needs,
         LAW=law,
-        GROUPED=any(t is not None for t in (gate, gate2, shift, scale)),
+        GROUPED=grouped,
         WHOLE=slices == 1,
         BLOCK_D=block_d,
-        STAGES=stages,
+        STAGES=run_stages(stages, grouped, index, tokens_per_row),
         num_warps=num_warps,
         num_stages=1,
         maxnreg=config.most_registers(sums),

@@ -16,6 +16,7 @@ from .._launch import (
     modulation_grad,
     per_batch,
     row_stride,
+    run_stages,
     token_strides,
     vector_grad,
     vector_partials,
@@ -200,6 +201,7 @@ def backward(
         tokens, width, 2 + (dy2 is not None), x.element_size(), config.chip_of(x)
     )
     blocks = triton.cdiv(tokens, block_tokens)
+    grouped = any(t is not None for t in (shift, scale, shift2, scale2))
 
     dx = x.new_empty(x.shape) if needs & DX else x.new_empty(0, dtype=torch.float32)
     dweight = vector_partials(x, needs & DWEIGHT, blocks, width)
@@ -242,9 +244,9 @@ def backward(
         block_tokens,
         NEEDS=needs,
         LAW=law,
-        GROUPED=any(t is not None for t in (shift, scale, shift2, scale2)),
+        GROUPED=grouped,
         BLOCK_D=block_d,
-        STAGES=stages,
+        STAGES=run_stages(stages, grouped, index, tokens_per_row),
         num_warps=num_warps,
         num_stages=1,
         enable_fp_fusion=law == 0,

@@ -12,7 +12,7 @@ __all__ = ["Config", "backward_steps", "chip_of", "tile"]
 _FORWARD_TILE = 4096
 _BACKWARD_TILE = 2048  # holds x, dy and the weight gradient at once
 _ELEMENTS_PER_WARP = {False: 1024, True: 512}  # forward, backward
-_BACKWARD_PROGRAMS = 1024  # enough to fill the largest chip; more only adds partial sums
+_BACKWARD_PROGRAMS = 4096  # many waves of any chip, so that the last one, part empty, is short
 
 
 class Config(NamedTuple):
