@@ -199,7 +199,8 @@ class BuildExt(build_ext):
         targets = {}
         adders = {"_C_cpu": self.add_cpu, "_host": self.add_host, "_C_cuda": self.add_cuda}
         for extension in self.extensions:
-            target = targets[extension] = Path(self.get_ext_fullpath(extension.name)).resolve()
+            target = Path(self.get_ext_fullpath(extension.name)).resolve()
+            targets[extension.name] = target
             target.parent.mkdir(parents=True, exist_ok=True)
             adders[extension.name.rpartition(".")[2]](ninja, target)
         try:
@@ -207,15 +208,16 @@ class BuildExt(build_ext):
         except (subprocess.CalledProcessError, FileNotFoundError):
             if mode() != "auto":
                 raise
-            self.extensions[:] = [e for e in self.extensions if self.built(ninja, e, targets[e])]
+            built = {name for name, target in targets.items() if self.builds(ninja, name, target)}
+            self.extensions[:] = [e for e in self.extensions if e.name in built]
 
-    def built(self, ninja: Ninja, extension: Extension, target: Path) -> bool:
-        """Whether this part can be built where not all can; an nvcc at odds with the C++ compiler,
-        say, does not take the CPU library with it."""
+    def builds(self, ninja: Ninja, name: str, target: Path) -> bool:
+        """Whether this part can be built where not all can: an nvcc at odds with the C++ compiler
+        does not take the CPU library with it."""
         try:
             ninja.run(target)
         except (subprocess.CalledProcessError, FileNotFoundError) as error:
-            print(f"sora_kernels: {extension.name} failed to build and is left out: {error}")
+            print(f"sora_kernels: {name} failed to build and is left out: {error}")
             return False
         return True
 

@@ -49,6 +49,17 @@ def test_shuffles(toy: ctypes.CDLL) -> None:
     assert status == 0 and torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("name", ["waited", "ring"])
+def test_copies_that_were_waited_for_are_there(toy: ctypes.CDLL, name: str) -> None:
+    status, x, y = call(toy, name)
+    assert status == 0 and torch.equal(y, x)
+
+
+def test_a_copy_that_was_not_waited_for_shows(toy: ctypes.CDLL) -> None:
+    status, _, y = call(toy, "too_early")
+    assert status == 0 and torch.isnan(y).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_conversions_are_those_of_torch(toy: ctypes.CDLL, dtype: torch.dtype) -> None:
     bits = torch.arange(-(1 << 31), 1 << 31, 262147, dtype=torch.int64).to(torch.int32)

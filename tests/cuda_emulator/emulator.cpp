@@ -197,8 +197,11 @@ void end_group() { ++current->group; }
 void wait_for_copies(int groups_left) {
   auto& copies = current->copies;
   size_t there = 0;
-  for (; there < copies.size() && static_cast<int>(current->group - copies[there].group) > groups_left; ++there)
-    std::memcpy(copies[there].to, copies[there].from, copies[there].bytes);
+  for (; there < copies.size(); ++there) {
+    const Copy& copy = copies[there];
+    if (static_cast<int>(current->group - copy.group) <= groups_left) break;
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
   copies.erase(copies.begin(), copies.begin() + there);
 }
 uint64_t exchange(unsigned mask, uint64_t bits, int source) {
