@@ -51,7 +51,9 @@ def test_chips_that_were_asked_for_are_not_dropped(
 def test_a_part_that_fails_leaves_the_others(
     setup: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    good = script(tmp_path / "good", 'for last; do :; done; echo > "$last"; echo "$last:" > "$last.d"')
+    good = script(
+        tmp_path / "good", 'for last; do :; done; echo > "$last"; echo "$last:" > "$last.d"'
+    )
     bad = script(tmp_path / "bad", "exit 1")
     source = tmp_path / "source.cpp"
     source.touch()
