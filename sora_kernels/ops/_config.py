@@ -32,6 +32,19 @@ def forward_rows(width: int, most: int = MAX_WIDTH) -> ForwardConfig:
     return ForwardConfig(block_d, block_rows, min(max(block_d * block_rows // 512, 1), 16))
 
 
+def column_slice(width: int) -> int:
+    """Columns per program of an op that need not see whole rows: a power of two up to 1024.
+
+    The largest one of which at most a sixteenth is empty, else the one that leaves least empty.
+    """
+    sizes = (1024, 512, 256)
+    padded = [-(-width // size) * size for size in sizes]
+    for size, total in zip(sizes, padded, strict=True):
+        if total * 15 <= width * 16:
+            return size
+    return sizes[padded.index(min(padded))]
+
+
 def block_tokens(tokens: int, slices: int = 1) -> int:
     """Sorted tokens per program of a backward, a power of two; fixes the order of summation."""
     return next_power_of_2(min(max(-(-tokens * slices // MAX_PROGRAMS), 1), 64))
@@ -43,3 +56,12 @@ def load_stages(bytes_per_token: int) -> int:
     An H200 needs about 29 KB under way per multiprocessor, loads and stores (4.8 TB/s, 0.8 us).
     """
     return min(4, 1 + STAGE_BYTES // max(bytes_per_token, 1))
+
+
+def finish_tile(blocks: int, num_rows: int) -> tuple[int, int]:
+    """Blocks and columns that a program of stage two adds at a time; fixes the order of summation.
+
+    A row spans ``blocks / num_rows`` of them on average. Few columns make many programs, and many
+    blocks at a time few loads that wait for each other: stage two is short and latency is its cost.
+    """
+    return min(max(next_power_of_2(-(-blocks // max(num_rows, 1))), 16), 128), 32

@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ..aot import AotCase
+from ._config import finish_tile
+from ._launch import cdiv, launch
 
 
 @triton.jit
@@ -131,16 +133,10 @@ def flush_four(
 
 
 @triton.jit
-def _finish_rows_kernel(
-    partial_ptr,  # [blocks, 2, D] fp32
-    offsets_ptr,  # [R + 1] or None
-    grad_ptr,  # [R, D]
-    width,
-    tokens_per_row,
-    block_tokens,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def _finish_row(
+    partial_ptr, offsets_ptr, grad_ptr, width, tokens_per_row, block_tokens,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """grad[row] = tail of its first block + heads of the others; rows without tokens get zero."""
     row = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -160,6 +156,42 @@ def _finish_rows_kernel(
         tl.store(grad_ptr + row.to(tl.int64) * width + cols, total, mask=mask)
 
 
+@triton.jit
+def _finish_rows_kernel(
+    partial_ptr,  # [gradients, blocks, 2, D] fp32
+    offsets_ptr,  # [R + 1] or None
+    a_ptr,  # [R, D] or None, like the next three
+    b_ptr,
+    c_ptr,
+    d_ptr,
+    share,  # elements of one gradient's partials
+    width,
+    tokens_per_row,
+    block_tokens,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One gradient of one row and some columns a program: `_finish_row`."""
+    which = tl.program_id(2)
+    partial_ptr += which.to(tl.int64) * share
+    if a_ptr is not None:
+        if which == 0:
+            _finish_row(partial_ptr, offsets_ptr, a_ptr, width, tokens_per_row, block_tokens,
+                        BLOCK_B, BLOCK_D)  # fmt: skip
+    if b_ptr is not None:
+        if which == 1:
+            _finish_row(partial_ptr, offsets_ptr, b_ptr, width, tokens_per_row, block_tokens,
+                        BLOCK_B, BLOCK_D)  # fmt: skip
+    if c_ptr is not None:
+        if which == 2:
+            _finish_row(partial_ptr, offsets_ptr, c_ptr, width, tokens_per_row, block_tokens,
+                        BLOCK_B, BLOCK_D)  # fmt: skip
+    if d_ptr is not None:
+        if which == 3:
+            _finish_row(partial_ptr, offsets_ptr, d_ptr, width, tokens_per_row, block_tokens,
+                        BLOCK_B, BLOCK_D)  # fmt: skip
+
+
 def new_partials(
     grads: Sequence[Tensor], index: Tensor | None, tokens_per_row: int, blocks: int, width: int
 ) -> Tensor:
@@ -176,25 +208,45 @@ def finish_rows(
     tokens_per_row: int,
     block_tokens: int,
 ) -> None:
-    """Stage two of the gradients ``[R, D]`` that are not empty, from `new_partials`."""
+    """Stage two of up to four gradients ``[R, D]`` (or empty), from `new_partials`."""
     if partials.shape[0] == 0:
         return
-    block_d = 128
-    for grad, partial in zip(grads, partials, strict=True):
-        num_rows, width = grad.shape if grad.numel() > 0 else (0, 0)
-        launch(
-            _finish_rows_kernel,
-            (num_rows, triton.cdiv(width, block_d)),
-            grad.device,
-            partial,
-            offsets,
-            grad,
-            width,
-            tokens_per_row,
-            block_tokens,
-            BLOCK_B=16,
-            BLOCK_D=block_d,
-            num_warps=4,
-            num_stages=1,
-            enable_fp_fusion=True,
-        )
+    count, blocks, _, width = partials.shape
+    num_rows = max(len(g) for g in grads if g.numel() > 0)
+    block_b, block_d = finish_tile(blocks, num_rows)
+    pointers = [g if g.numel() > 0 else None for g in grads]
+    launch(
+        _finish_rows_kernel,
+        (num_rows, cdiv(width, block_d), count),
+        partials.device,
+        partials,
+        offsets,
+        *pointers,
+        *[None] * (4 - count),
+        blocks * 2 * width,
+        width,
+        tokens_per_row,
+        block_tokens,
+        BLOCK_B=block_b,
+        BLOCK_D=block_d,
+        num_warps=block_b * block_d // 512,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
+
+
+def finish_case() -> AotCase:
+    """shift and scale of 8 rows, 1024 blocks."""
+    block_b, block_d = finish_tile(1024, 8)
+    pointers = {"partial_ptr": "*fp32", "offsets_ptr": "*i32", "a_ptr": "*bf16", "b_ptr": "*bf16"}
+    sizes = ("share", "width", "tokens_per_row", "block_tokens")
+    return AotCase(
+        name="finish_rows",
+        kernel=_finish_rows_kernel,
+        signature={**pointers, **dict.fromkeys(sizes, "i32")},
+        constexprs={"c_ptr": None, "d_ptr": None, "BLOCK_B": block_b, "BLOCK_D": block_d},
+        num_warps=block_b * block_d // 512,
+        memory_bound=True,
+        narrow_store_ok=True,
+        divisible=(*pointers, "share", "width"),
+    )

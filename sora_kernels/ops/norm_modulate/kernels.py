@@ -10,7 +10,7 @@ from torch import Tensor
 from ...aot import AotCase
 from ...laws import Point
 from .._device import XHAT, affine, load_f32, modulate
-from .._grouped import finish_rows, new_partials, round_if, rows_of, token_offset
+from .._grouped import finish_case, finish_rows, new_partials, round_if, rows_of, token_offset
 from .._launch import (
     launch,
     modulation_grad,
@@ -262,7 +262,7 @@ def backward(
 
 def aot_cases() -> list[AotCase]:
     """Production shapes: the widths of DiT-XL, Wan-1.3B, Hunyuan/Flux and Wan-14B."""
-    cases = []
+    cases = [finish_case()]
     strides = ("x_batch_stride", "x_token_stride", "shift_stride", "scale_stride")
     for width in (384, 1152, 1536, 3072, 5120):
         block_d, block_rows, num_warps = config.forward(width)
