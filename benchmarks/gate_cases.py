@@ -19,8 +19,8 @@ from typing import Any
 
 from .pinned import pin
 
-SWEEPS = 8
-SECONDS = 0.02
+SWEEPS = 4
+SECONDS = 0.04
 """Of a case in one sweep, about."""
 
 Cases = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]

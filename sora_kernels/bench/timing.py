@@ -45,13 +45,14 @@ class Driver(Protocol):
 def clock_driver(
     target: Callable[..., None], setup: Callable[[], tuple[Run, int]], rounds: int
 ) -> list[float]:
-    """Times with ``time.perf_counter`` and nothing else."""
+    """Times with ``time.perf_counter``; each call is a turn where two processes take turns."""
     seconds = []
     for _ in range(rounds):
         arguments = setup()
-        start = perf_counter()
-        target(*arguments)
-        seconds.append(perf_counter() - start)
+        with turn():
+            start = perf_counter()
+            target(*arguments)
+            seconds.append(perf_counter() - start)
     return seconds
 
 
@@ -84,18 +85,6 @@ def measure(
         raise ValueError("runs must name at least one callable, got none")
     if not 1 <= min_rounds <= max_rounds:
         raise ValueError(f"need 1 <= min_rounds <= max_rounds, got {min_rounds} and {max_rounds}")
-    with turn():
-        return _measure(runs, seconds, drive, warmup, min_rounds, max_rounds)
-
-
-def _measure(
-    runs: Mapping[str, Run],
-    seconds: float,
-    drive: Driver,
-    warmup: int,
-    min_rounds: int,
-    max_rounds: int,
-) -> dict[str, list[float]]:
     names = list(runs)
     costs = dict.fromkeys(names, math.inf)
     for lap in range(max(1, warmup)):

@@ -181,7 +181,7 @@ def test_both_checkouts_run_at_once_and_measure_in_turn(tmp_path: Path) -> None:
         run_both(folders, command, 1)
 
 
-def test_measure_takes_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_takes_a_turn_for_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
     from sora_kernels.bench import measure
 
     mine, theirs = socket.socketpair()
@@ -189,15 +189,16 @@ def test_measure_takes_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(REFEREE, str(theirs.detach()))
 
     def grant() -> None:
-        asked.append(mine.recv(1))
-        mine.sendall(b"!")
-        asked.append(mine.recv(1))
+        for _ in range(7):
+            asked.append(mine.recv(1))
+            mine.sendall(b"!")
+            asked.append(mine.recv(1))
 
     thread = threading.Thread(target=grant)
     thread.start()
-    measure({"a": lambda: None}, seconds=0.001)
+    measure({"a": lambda: None}, seconds=0.001, min_rounds=7, max_rounds=7)
     thread.join()
-    assert asked == [b"?", b"."]
+    assert asked == [b"?", b"."] * 7
     monkeypatch.delenv(REFEREE)
     with turn():  # nobody to ask
         pass
