@@ -50,23 +50,38 @@ def numbers(text: str) -> list[int]:
     return [int(n) for n in found[0].split("x")]
 
 
+_ROW_SUMS = {"norm_modulate": 2, "gate_residual_norm_modulate": 3, "gate_residual": 1}
+
+
 def _rows(case: Mapping[str, Any], find: Find) -> list[Launch]:
-    """Ops over [tokens, width]; a backward walks over its tokens one by one."""
+    """Ops over [tokens, width]; a backward walks over its tokens one by one, and where it sums by
+    modulation row (R) a second launch adds the partial sums of its programs."""
     tokens, width = numbers(case["case"])
     op, mode = case["op"].removesuffix("_rows"), case["mode"]
     sandwich = "_sandwich" if "tanh" in case["case"] else ""
     kernel = find(f"{op}/{op}_{mode}_d{width}{sandwich}")
     slices = ceil(width / kernel["BLOCK_D"])
     if mode == "fwd":
-        programs, steps = ceil(tokens / kernel["BLOCK_ROWS"]) * slices, 1
-    else:
-        steps = block_tokens(tokens, slices)
-        programs = ceil(tokens / steps) * slices
+        programs = ceil(tokens / kernel["BLOCK_ROWS"]) * slices
+        return [Launch(kernel, programs, case["bytes"], case["flops"])]
+
+    steps = block_tokens(tokens, slices)
+    blocks = ceil(tokens / steps)
     each = f"R={tokens}" in case["case"] or "R=N" in case["case"]  # rows of one token: no loop
     pipelined = kernel.get("STAGES", 1) > 1 and not each
-    return [
-        Launch(kernel, programs, case["bytes"], case["flops"], steps=steps, pipelined=pipelined)
-    ]
+    sums = 0 if each else _ROW_SUMS.get(op, 0)
+    partials = 4 * blocks * width * sums  # bytes; written, then read
+    first = Launch(
+        kernel, blocks * slices, case["bytes"] + partials, case["flops"], False, steps, pipelined
+    )
+    if not sums:
+        return [first]
+    found = re.search(r"R=(\d+)", case["case"])
+    rows = int(found[1]) if found else 1  # the fewest, which are the slowest to add
+    second = find("norm_modulate/finish_rows")
+    programs = rows * ceil(width / second["BLOCK_D"]) * sums
+    waits = ceil(blocks / rows / second["BLOCK_B"])
+    return [first, Launch(second, programs, partials, partials / 4, False, waits)]
 
 
 def _guided_step(case: Mapping[str, Any], find: Find) -> list[Launch]:
