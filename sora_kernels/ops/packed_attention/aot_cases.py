@@ -88,7 +88,8 @@ def matrix_case(
 
 def delta_case(head_dim: int) -> AotCase:
     kernel = _packed_attention_bwd_kernel_delta
-    pointers = {"out_ptr": "*bf16", "dout_ptr": "*bf16", "dlse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    pointers = {"out_ptr": "*bf16", "dout_ptr": "*bf16"}
+    pointers |= dict.fromkeys(("lse_ptr", "dlse_ptr", "log2_ptr", "delta_ptr"), "*fp32")
     scalars = dict.fromkeys(("num_tokens", "heads", "stride_on", "stride_oh"), "i32")
     return AotCase(
         name=f"delta_hd{head_dim}_bf16",

@@ -38,11 +38,13 @@ DELTA_BLOCK = 32
 
 @triton.jit(do_not_specialize=["num_tokens", "heads", "stride_on", "stride_oh"])
 def _packed_attention_bwd_kernel_delta(
-    out_ptr, dout_ptr, dlse_ptr, delta_ptr, num_tokens, heads, stride_on, stride_oh,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, log2_ptr, delta_ptr, num_tokens, heads, stride_on,
+    stride_oh,
     HAS_DLSE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum_d out * dout - dlse, so that ds = p * (dp - delta) holds for both gradients."""
+    """delta = sum_d out * dout - dlse, so that ds = p * (dp - delta) holds for both gradients; and
+    lse in units of log2, +inf where a row saw no key, so that p becomes 0."""
     pid = tl.program_id(0).to(tl.int64)
     head = pid % heads
     first = pid // heads * BLOCK
@@ -61,13 +63,19 @@ def _packed_attention_bwd_kernel_delta(
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + row, mask=o_m < left, other=0.0)
     tl.store(delta_ptr + row, delta, mask=o_m < left)
+    lse = tl.load(lse_ptr + row, mask=o_m < left, other=0.0)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    tl.store(log2_ptr + row, lse * LOG2E, mask=o_m < left)
 
 
 @triton.jit
-def _load_lse(lse_base, o_m, left):
-    """lse in units of log2; +inf where there is no row, or a row that saw no key: p becomes 0."""
-    lse = tl.load(lse_base + o_m, mask=o_m < left, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+def _load_numbers(base, rows, left, MASKED: tl.constexpr):
+    """A number of each row (lse, delta), zero where there is none (if MASKED): of such a row q and
+    dout are zero as well, so that it adds nothing to any gradient."""
+    if MASKED:
+        return tl.load(base + rows, mask=rows < left, other=0.0)
+    else:
+        return tl.load(base + rows)
 
 
 @triton.jit
@@ -151,8 +159,9 @@ def _packed_attention_bwd_kernel_dq(
         dout_ptr, stride_on * STEP, stride_oh * STEP, head, first, left_q, BLOCK_M, D, D1, D2
     )  # fmt: skip
     dq1, dq2 = _zeros(BLOCK_M, D1, D2)
-    lse = _load_lse(lse_ptr + head_q * num_tokens + first, o_m, left_q)
-    delta = tl.load(delta_ptr + head_q * num_tokens + first + o_m, mask=o_m < left_q, other=0.0)
+    numbers = head_q * num_tokens + first
+    lse = _load_numbers(lse_ptr + numbers, o_m, left_q, True)
+    delta = _load_numbers(delta_ptr + numbers, o_m, left_q, True)
 
     limit = tl.where(causal != 0, len_k - len_q, len_k)
     end = tl.maximum(tl.minimum(len_k, start_m + BLOCK_M + limit), 0)
@@ -161,13 +170,14 @@ def _packed_attention_bwd_kernel_dq(
     scale_log2 = scale * LOG2E
     k = (k_ptr, stride_kn * STEP, stride_kh * STEP, k1_desc, k2_desc, head_k, begin_k)
     v = (v_ptr, stride_vn * STEP, stride_vh * STEP, v1_desc, v2_desc, head_k, begin_k)
-    dq1, dq2 = _gather_dq(
-        q1, q2, do1, do2, dq1, dq2, lse, delta, k, v, rows, 0, full, len_k, limit,
-        scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
-    )  # fmt: skip
+    # The blocks that need masks first, as in the forward.
     dq1, dq2 = _gather_dq(
         q1, q2, do1, do2, dq1, dq2, lse, delta, k, v, rows, full, end, len_k, limit,
         scale_log2, D, D1, D2, BLOCK_N, True, UPCAST,
+    )  # fmt: skip
+    dq1, dq2 = _gather_dq(
+        q1, q2, do1, do2, dq1, dq2, lse, delta, k, v, rows, 0, full, len_k, limit,
+        scale_log2, D, D1, D2, BLOCK_N, False, UPCAST,
     )  # fmt: skip
     _store_rows(dq_ptr, dq1 * scale, dq2 * scale, heads, head, first, left_q, BLOCK_M, D, D1, D2)
 
@@ -187,7 +197,7 @@ def _add_dkv(
     left = end - start
     q1 = _load_block(q, row, left, 0, D1, D, BLOCK_M, MASKED)
     do1 = _load_block(do, row, left, 0, D1, D, BLOCK_M, MASKED)
-    lse = _load_lse(lse_base + row, o_m, left)
+    lse = _load_numbers(lse_base + row, o_m, left, MASKED)
     scores = _dot(k1, tl.trans(q1), UPCAST)  # [BLOCK_N, BLOCK_M]
     if D2 > 0:
         q2 = _load_block(q, row, left, D1, D2, D, BLOCK_M, MASKED)
@@ -201,7 +211,7 @@ def _add_dkv(
     else:
         p_low = p.to(q1.dtype)
     dv1 += _dot(p_low, do1, UPCAST)
-    delta = tl.load(delta_base + row + o_m, mask=o_m < left, other=0.0)
+    delta = _load_numbers(delta_base + row, o_m, left, MASKED)
     dp = _dot(v1, tl.trans(do1), UPCAST)
     if D2 > 0:
         dv2 += _dot(p_low, do2, UPCAST)
@@ -285,32 +295,36 @@ def _packed_attention_bwd_kernel_dkv(
     delta_base = delta_ptr + head_q * num_tokens + begin_q
     q = (q_ptr, stride_qn * STEP, stride_qh * STEP, q1_desc, q2_desc, head, begin_q)
     do = (dout_ptr, stride_on * STEP, stride_oh * STEP, do1_desc, do2_desc, head, begin_q)
-    dk1, dk2, dv1, dv2 = _gather_dkv(
-        k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, do, lse_base, delta_base, columns, 0, 0,
-        (whole - diagonal) // BLOCK_M, diagonal, len_q, limit, scale_log2,
-        D, D1, D2, BLOCK_M, False, UPCAST,
-    )  # fmt: skip
+    # The loop with masks first: what it needs then takes no registers from the long one.
     dk1, dk2, dv1, dv2 = _gather_dkv(
         k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, do, lse_base, delta_base, columns, blocks_low,
         low, blocks_masked, whole, len_q, limit, scale_log2,
         D, D1, D2, BLOCK_M, True, UPCAST,
     )  # fmt: skip
+    dk1, dk2, dv1, dv2 = _gather_dkv(
+        k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, do, lse_base, delta_base, columns, 0, 0,
+        (whole - diagonal) // BLOCK_M, diagonal, len_q, limit, scale_log2,
+        D, D1, D2, BLOCK_M, False, UPCAST,
+    )  # fmt: skip
     _store_rows(dk_ptr, dk1 * scale, dk2 * scale, heads, head, first, left_k, BLOCK_N, D, D1, D2)
     _store_rows(dv_ptr, dv1, dv2, heads, head, first, left_k, BLOCK_N, D, D1, D2)
 
 
-def delta_of(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    """delta, fp32 `[H, N]`, by the kernel above; `dout` has rows of stride 1."""
+def row_numbers(
+    out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(lse in units of log2, delta), fp32 `[H, N]`; `dout` has rows of stride 1."""
     num_tokens, heads, head_dim = out.shape
-    delta = out.new_empty((heads, num_tokens), dtype=torch.float32)
+    log2, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
     step, strides = in_steps(dout)
     run(
         _packed_attention_bwd_kernel_delta, (cdiv(num_tokens, DELTA_BLOCK) * heads,), out.device,
-        out, dout, delta if dlse is None else dlse.contiguous(), delta, num_tokens, heads, *strides,
+        out, dout, lse, lse if dlse is None else dlse.contiguous(), log2, delta,
+        num_tokens, heads, *strides,
         HAS_DLSE=dlse is not None, D=head_dim, WIDTH=1 << (head_dim - 1).bit_length(),
         BLOCK=DELTA_BLOCK, STEP=step, num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
-    return delta
+    return log2, delta
 
 
 def backward(
@@ -330,7 +344,7 @@ def backward(
     dv = v.new_empty((k.shape[0], heads, head_dim) if need_dkv else (0,), dtype=share)
     if dout.stride(-1) != 1:  # an expanded gradient; the kernels read rows
         dout = dout.contiguous()
-    delta = delta_of(out, dout, dlse)
+    lse, delta = row_numbers(out, dout, lse, dlse)
     step, strides = in_steps(q, k, v, dout)
     dims = {
         "D": head_dim, "D1": config.dim1, "D2": config.dim2, "STEP": step, "UPCAST": upcast(q),

@@ -28,8 +28,8 @@ from ..packed_attention.kernels import (
 from ..packed_attention.kernels_bwd import (
     _add_dkv,
     _add_dq,
-    _load_lse,
-    delta_of,
+    _load_numbers,
+    row_numbers,
 )
 from .config import config_for
 from .device import block_at, plan
@@ -69,8 +69,9 @@ def _windowed_attention_bwd_kernel_dq(
         dout_ptr, stride_on * STEP, stride_oh * STEP, head, first, left_q, BLOCK_M, D, D1, D2
     )  # fmt: skip
     dq1, dq2 = _zeros(BLOCK_M, D1, D2)
-    lse = _load_lse(lse_ptr + head_q * num_tokens + first, o_m, left_q)
-    delta = tl.load(delta_ptr + head_q * num_tokens + first + o_m, mask=o_m < left_q, other=0.0)
+    numbers = head_q * num_tokens + first
+    lse = _load_numbers(lse_ptr + numbers, o_m, left_q, True)
+    delta = _load_numbers(delta_ptr + numbers, o_m, left_q, True)
 
     k = (k_ptr, stride_kn * STEP, stride_kh * STEP, k1_desc, k2_desc, head_k, origin)
     v = (v_ptr, stride_vn * STEP, stride_vh * STEP, v1_desc, v2_desc, head_k, origin)
@@ -160,7 +161,7 @@ def backward(
         return dq, dk, dv
     if dout.stride(-1) != 1:  # an expanded gradient; the kernels read rows
         dout = dout.contiguous()
-    delta = delta_of(out, dout, dlse)
+    lse, delta = row_numbers(out, dout, lse, dlse)
     step, strides = in_steps(q, k, v, dout)
     dims = {
         "D": head_dim, "D1": config.dim1, "D2": config.dim2, "STEP": step, "UPCAST": upcast(q),
