@@ -145,3 +145,37 @@ def test_a_cuda_graph_holds_the_descriptors(window: sk.Window | None) -> None:
     want = run(fn, tensors, dout)
     assert torch.equal(out, want[0])
     assert torch.equal(lse.mT, want[1])
+
+
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+def test_offsets_beyond_32_bits(descriptors: bool) -> None:
+    """q, k, v as views of one tensor of 6.4e9 numbers, cut into segments of 64 tokens."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 60 * 2**30:
+        pytest.skip("needs 60 GiB of memory")
+    n, heads, dim, tail = 700_032, 24, 128, 256
+    qkv = torch.zeros(n, 3, heads, dim, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.zeros(n, heads, dim, dtype=torch.bfloat16, device=DEVICE)
+    qkv[-tail:] = randn(tail, 3, heads, dim, dtype=torch.bfloat16).to(DEVICE)
+    dout[-tail:] = randn(tail, heads, dim, dtype=torch.bfloat16, seed=1).to(DEVICE)
+    far = sk.PackedLayout([[sk.Text(64)]] * (n // 64), device=DEVICE)
+    near = sk.PackedLayout([[sk.Text(64)]] * (tail // 64), device=DEVICE)
+    with forced_descriptors(descriptors):
+        got = run(call(far, None), list(qkv.unbind(1)), dout)
+        want = run(call(near, None), list(qkv[-tail:].unbind(1)), dout[-tail:])
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        assert torch.equal(a[-tail:], b), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["dense", "window"])
+def test_a_call_runs_on_the_device_of_its_tensors(window: sk.Window | None) -> None:
+    layout = pack()
+    tensors, dout = inputs(layout.num_tokens, 2, 64, torch.bfloat16)
+    want = run(call(layout, window), tensors, dout)
+    there = torch.device("cuda", 1)
+    other = sk.PackedLayout(PARTS, order="tile", device=there)
+    assert torch.cuda.current_device() == 0
+    got = run(call(other, window), [x.to(there) for x in tensors], dout.to(there))
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        assert a.device == there and torch.equal(a.to(b.device), b), name
