@@ -49,11 +49,11 @@ def backward(
     return tuned(_OP, "backward", default, ("num_warps", "num_stages"), chip, width=width)
 
 
-def most_registers(sums: int) -> int | None:
+def most_registers(kept: int) -> int | None:
     """Limit per thread of the backward: two programs of eight warps share a multiprocessor, or one
     of sixteen fills it.
 
     The compiler alone takes 168 registers where it can do with 112, and halves the programs. With
-    more than four running sums there is no room.
+    more than five vectors ``kept`` through a run (sums, gates, scale, weight, bias) it needs them.
     """
-    return 120 if sums <= 4 else None
+    return 120 if kept <= 5 else None

@@ -247,7 +247,8 @@ def backward(
     for bit, tensor in present.items():
         if tensor is None:
             needs &= ~bit
-    sums = bin(needs & (DGATE | DGATE2 | DWEIGHT | DBIAS | DSHIFT | DSCALE)).count("1")
+    kept = bin(needs & (DGATE | DGATE2 | DWEIGHT | DBIAS | DSHIFT | DSCALE)).count("1")
+    kept += sum(t is not None for t in (gate, gate2, scale, weight, bias))
     streams = 2 + sum(t is not None for t in (dresidual, y, y2))
     block_d, block_tokens, slices, num_warps, stages = config.backward(
         tokens, width, streams, x.element_size(), config.chip_of(x)
@@ -310,7 +311,7 @@ def backward(
         STAGES=run_stages(stages, grouped, index, tokens_per_row),
         num_warps=num_warps,
         num_stages=1,
-        maxnreg=config.most_registers(sums),
+        maxnreg=config.most_registers(kept),
         enable_fp_fusion=law == 0,
     )
     finish_rows(modulations, partial, offsets, tokens_per_row, block_tokens)

@@ -329,7 +329,7 @@ def backward_case(width: int) -> AotCase:
         },
         num_warps=num_warps,
         num_stages=1,
-        maxnreg=config.most_registers(sums=3),
+        maxnreg=config.most_registers(kept=5),
         memory_bound=True,
         divisible=(*pointers, "width", *strides),
     )
