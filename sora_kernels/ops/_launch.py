@@ -44,9 +44,7 @@ def flat(*tensors: Tensor) -> bool:
 
     Most do, and their kernels need no division by L.
     """
-    return all(
-        x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors
-    )
+    return all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
 
 
 def modulation_grad(like: Tensor, want: int, of: Tensor | None, table: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -46,7 +46,7 @@ def _capability(index: int) -> Chip:
 
 def chip_of(x: Tensor) -> Chip | None:
     """Compute capability of the chip that ``x`` lies on; None = the interpreter."""
-    return _capability(x.device.index) if x.device.type == "cuda" else None
+    return _capability(x.device.index) if x.is_cuda else None
 
 
 def _entry(where: str, entry: Any) -> tuple[tuple[str, Shape], dict[str, int]]:
@@ -127,6 +127,25 @@ def tuned(
             f"table of {op}, {kernel}: expected fields of {fields}, got {', '.join(unknown)}"
         )
     return default._replace(**changes)  # type: ignore[attr-defined]
+
+
+def remembered(choose: Callable[..., Config]) -> Callable[..., Config]:
+    """``choose``, whose answer for the same shape and chip is computed once.
+
+    Not while lookups are recorded or forced: those ask :func:`tuned` anew.
+    """
+
+    @functools.lru_cache(maxsize=4096)
+    def cached(tables: Path, *shape: Any, **named: Any) -> Config:
+        return choose(*shape, **named)
+
+    @functools.wraps(choose)
+    def answer(*shape: Any, **named: Any) -> Config:
+        if _forced or _lookups is not None:
+            return choose(*shape, **named)
+        return cached(OPS, *shape, **named)
+
+    return answer
 
 
 @contextmanager

@@ -223,5 +223,6 @@ def test_launch_configurations_cover_any_width() -> None:
     for width in (1, 15, 1024, 1025, 12288, 40000):
         rows, block_d, warps = config.forward(width)
         assert rows * block_d >= 2048 // 2 and block_d & (block_d - 1) == 0 and warps >= 1
-        tokens, block_d, warps = config.backward(100000, width)
-        assert tokens & (tokens - 1) == 0 and block_d & (block_d - 1) == 0 and warps >= 1
+        tile = config.backward(100000, width, 4)
+        assert all(size & (size - 1) == 0 for size in tile[:3]) and tile.num_warps >= 1
+        assert tile.block_tokens % tile.block_rows == 0 and tile.num_stages >= 2

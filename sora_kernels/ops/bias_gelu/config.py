@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .._config import block_tokens, forward_rows
-from .._tables import Chip, chip_of, tuned
+from .._config import block_tokens, column_slice, forward_rows, load_stages
+from .._tables import Chip, chip_of, remembered, tuned
 
 __all__ = ["BackwardConfig", "ForwardConfig", "backward", "chip_of", "forward"]
-
-_SLICE = 1024  # columns per program: any width is covered by slices
 
 
 class ForwardConfig(NamedTuple):
@@ -20,22 +18,27 @@ class ForwardConfig(NamedTuple):
 
 class BackwardConfig(NamedTuple):
     block_tokens: int  # tokens per program; fixes the order of summation
+    block_rows: int  # of these at a time
     block_d: int
     num_warps: int
+    num_stages: int  # of the loop over them
 
 
+@remembered
 def forward(width: int, chip: Chip | None = None) -> ForwardConfig:
     """About 2048 elements per program, 16 per thread."""
-    block_d, block_rows, num_warps = forward_rows(width, _SLICE)
+    block_d, block_rows, num_warps = forward_rows(width, column_slice(width))
     default = ForwardConfig(block_rows, block_d, num_warps)
     return tuned("bias_gelu", "forward", default, default._fields, chip, width=width)
 
 
-def backward(tokens: int, width: int, chip: Chip | None = None) -> BackwardConfig:
-    """One row at a time, so that a program's share of dbias stays in registers."""
-    block_d = forward_rows(width, _SLICE).block_d
-    default = BackwardConfig(0, block_d, max(min(block_d // 256, 4), 1))
-    fields = ("block_d", "num_warps")
+@remembered
+def backward(tokens: int, width: int, itemsize: int, chip: Chip | None = None) -> BackwardConfig:
+    """2048 elements at a time, 16 per thread, of x and of dy."""
+    block_d, block_rows, num_warps = forward_rows(width, column_slice(width))
+    stages = min(load_stages(2 * block_rows * block_d * itemsize), 3)
+    default = BackwardConfig(0, block_rows, block_d, num_warps, stages)
+    fields = ("block_rows", "block_d", "num_warps", "num_stages")
     found = tuned("bias_gelu", "backward", default, fields, chip, width=width)
-    slices = -(-width // found.block_d)
-    return found._replace(block_tokens=block_tokens(tokens, slices))
+    many = max(block_tokens(tokens, -(-width // found.block_d)), found.block_rows)
+    return found._replace(block_tokens=many)

@@ -8,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...aot import AotCase
-from .._device import load_f32
-from .._grouped import token_offset
-from .._launch import launch
+from .._device import divide, exp, load_f32, token_at
+from .._launch import cdiv, flat, launch, token_strides
 from . import config
 
 _TWO_C = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
@@ -19,12 +18,12 @@ _CUBIC = tl.constexpr(0.07135481627260025)  # 2 sqrt(2 / pi) * 0.044715
 
 @triton.jit
 def _half_gate(u):
-    """s = (1 + tanh(z)) / 2 = 1 / (1 + e^-2z) and s (1 - s), from the smaller of s and 1 - s."""
+    """s = (1 + tanh z) / 2 = 1 / (1 + e^-2z) and s (1 - s), without differences that cancel."""
     twice = u * (u * u * _CUBIC + _TWO_C)
-    a = tl.abs(twice)
-    small = 1.0 / (1.0 + tl.exp(tl.where(a < 80.0, a, 80.0)))
-    large = 1.0 - small
-    return tl.where(twice < 0.0, small, large), small * large
+    e = exp(-tl.abs(twice))
+    larger = divide(1.0, 1.0 + e)  # of s and 1 - s; the other one is e times that
+    smaller = e * larger
+    return tl.where(twice < 0.0, smaller, larger), smaller * larger
 
 
 @triton.jit
@@ -35,7 +34,7 @@ def _biased(x_ptr, bias_ptr, offsets, cols, mask, cols_mask):
     return u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "per_batch"])
 def _bias_gelu_fwd_kernel(
     x_ptr,  # [B, L, D]
     bias_ptr,  # [D] or None
@@ -45,6 +44,7 @@ def _bias_gelu_fwd_kernel(
     per_batch,  # L
     x_batch_stride,
     x_token_stride,
+    FLAT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -53,14 +53,14 @@ def _bias_gelu_fwd_kernel(
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     cols_mask = cols < width
     mask = (n < tokens) & cols_mask
-    x_offsets = token_offset(n, per_batch, x_batch_stride, x_token_stride) + cols
+    x_offsets = token_at(n, per_batch, x_batch_stride, x_token_stride, FLAT) + cols
     u = _biased(x_ptr, bias_ptr, x_offsets, cols, mask, cols_mask)
     s, _ = _half_gate(u)
     y = u * s
     tl.store(y_ptr + n * width + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "per_batch", "block_tokens"])
 def _bias_gelu_bwd_kernel(
     dy_ptr,  # [B, L, D]
     x_ptr,  # [B, L, D]
@@ -75,27 +75,36 @@ def _bias_gelu_bwd_kernel(
     x_batch_stride,
     x_token_stride,
     block_tokens,
+    FLAT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """dx = dy (s + u s (1 - s) (2z)') with s = (1 + tanh z) / 2; the block's sum of dx."""
+    """dx = dy (s + u s (1 - s) (2z)') with s = (1 + tanh z) / 2; the block's sum of dx.
+
+    Every place of a tile of BLOCK_ROWS tokens keeps its own sum, and the loads of the next tiles
+    are under way, in shared memory, while this one is computed.
+    """
     block = tl.program_id(0).to(tl.int64)
     start = block * block_tokens
     end = tl.minimum(start + block_tokens, tokens)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = cols < width
-    total = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for i in range(end - start):
-        n = start + i
-        x_offsets = token_offset(n, per_batch, x_batch_stride, x_token_stride) + cols
-        dy_offsets = token_offset(n, per_batch, dy_batch_stride, dy_token_stride) + cols
-        u = _biased(x_ptr, bias_ptr, x_offsets, cols, mask, mask)
+    cols = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    cols_mask = cols < width
+    total = tl.zeros([BLOCK_ROWS, BLOCK_D], dtype=tl.float32)
+    for i in tl.range(0, tl.cdiv((end - start).to(tl.int32), BLOCK_ROWS), num_stages=STAGES):
+        n = start + i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+        mask = (n < end) & cols_mask
+        x_offsets = token_at(n, per_batch, x_batch_stride, x_token_stride, FLAT) + cols
+        dy_offsets = token_at(n, per_batch, dy_batch_stride, dy_token_stride, FLAT) + cols
+        u = _biased(x_ptr, bias_ptr, x_offsets, cols, mask, cols_mask)
         s, slope = _half_gate(u)
-        inner = u * (u * u * (3.0 * _CUBIC) + _TWO_C)
-        dx = load_f32(dy_ptr + dy_offsets, mask) * (s + slope * inner)
+        inner = slope * u * (u * u * (3.0 * _CUBIC) + _TWO_C)
+        dx = load_f32(dy_ptr + dy_offsets, mask) * (s + inner)
         tl.store(dx_ptr + n * width + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         total += dx
     if dbias_partial_ptr is not None:
-        tl.store(dbias_partial_ptr + block * width + cols, total, mask=mask)
+        partial = dbias_partial_ptr + block * width + cols
+        tl.store(partial, tl.sum(total, axis=0, keep_dims=True), mask=cols_mask)
 
 
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,7 +114,7 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     block_rows, block_d, num_warps = config.forward(width, config.chip_of(x))
     launch(
         _bias_gelu_fwd_kernel,
-        (triton.cdiv(batch * length, block_rows), triton.cdiv(width, block_d)),
+        (cdiv(batch * length, block_rows), cdiv(width, block_d)),
         x.device,
         x,
         bias,
@@ -113,8 +122,8 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
         batch * length,
         width,
         length,
-        x.stride(0),
-        x.stride(1),
+        *token_strides(x),
+        FLAT=flat(x),
         BLOCK_ROWS=block_rows,
         BLOCK_D=block_d,
         num_warps=num_warps,
@@ -128,13 +137,13 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor | None, need_dbias: bool) -> tu
     """The raw op bias_gelu_bwd: dx, and dbias in fp32 (empty if not wanted)."""
     batch, length, width = x.shape
     tokens = batch * length
-    block_tokens, block_d, num_warps = config.backward(tokens, width, config.chip_of(x))
-    blocks = triton.cdiv(tokens, block_tokens)
+    tile = config.backward(tokens, width, x.element_size(), config.chip_of(x))
+    blocks = cdiv(tokens, tile.block_tokens)
     dx = x.new_empty(x.shape)
     partial = x.new_empty(blocks if need_dbias else 0, width, dtype=torch.float32)
     launch(
         _bias_gelu_bwd_kernel,
-        (blocks, triton.cdiv(width, block_d)),
+        (blocks, cdiv(width, tile.block_d)),
         x.device,
         dy,
         x,
@@ -144,13 +153,14 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor | None, need_dbias: bool) -> tu
         tokens,
         width,
         length,
-        dy.stride(0),
-        dy.stride(1),
-        x.stride(0),
-        x.stride(1),
-        block_tokens,
-        BLOCK_D=block_d,
-        num_warps=num_warps,
+        *token_strides(dy),
+        *token_strides(x),
+        tile.block_tokens,
+        FLAT=flat(dy, x),
+        BLOCK_ROWS=tile.block_rows,
+        BLOCK_D=tile.block_d,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
         num_stages=1,
         enable_fp_fusion=True,
     )
@@ -172,13 +182,13 @@ def _cases(width: int) -> list[AotCase]:
         name=f"bias_gelu_fwd_d{width}",
         kernel=_bias_gelu_fwd_kernel,
         signature={**pointers, **dict.fromkeys((*sizes, *strides), "i32")},
-        constexprs={"BLOCK_ROWS": block_rows, "BLOCK_D": block_d},
+        constexprs={"FLAT": True, "BLOCK_ROWS": block_rows, "BLOCK_D": block_d},
         num_warps=num_warps,
         num_stages=1,
         memory_bound=True,
         divisible=(*pointers, "width", *strides),
     )
-    _, block_d, num_warps = config.backward(32768, width)
+    tile = config.backward(32768, width, 2)
     pointers = {
         "dy_ptr": "*bf16", "x_ptr": "*bf16", "bias_ptr": "*bf16", "dx_ptr": "*bf16",
         "dbias_partial_ptr": "*fp32",
@@ -188,8 +198,13 @@ def _cases(width: int) -> list[AotCase]:
         name=f"bias_gelu_bwd_d{width}",
         kernel=_bias_gelu_bwd_kernel,
         signature={**pointers, **dict.fromkeys((*sizes, *strides, "block_tokens"), "i32")},
-        constexprs={"BLOCK_D": block_d},
-        num_warps=num_warps,
+        constexprs={
+            "FLAT": True,
+            "BLOCK_ROWS": tile.block_rows,
+            "BLOCK_D": tile.block_d,
+            "STAGES": tile.num_stages,
+        },
+        num_warps=tile.num_warps,
         num_stages=1,
         memory_bound=True,
         divisible=(*pointers, "width", *strides),

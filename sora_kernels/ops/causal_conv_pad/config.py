@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .._tables import Chip, chip_of, tuned
+from .._tables import Chip, chip_of, remembered, tuned
 
 __all__ = ["Config", "chip_of", "choose_config"]
 
@@ -15,6 +15,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
+@remembered
 def choose_config(row: int, chip: Chip | None = None) -> Config:
     """4096 elements a program; short rows (channels first, small frames) share one."""
     block_row = min(max(1 << max(row - 1, 0).bit_length(), 16), 4096)

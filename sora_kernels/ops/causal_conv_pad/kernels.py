@@ -7,21 +7,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ...aot import AotCase
-from .._launch import launch
+from .._launch import cdiv, launch
 from .config import chip_of, choose_config
 
 
 @triton.jit
 def _row_offsets(e, inner, stride_w, stride_i, DENSE: tl.constexpr):
-    """Offset of element e of a row of W x I; the division is left out where rows are dense."""
+    """Offset of element e of a row of W x I; the division is left out where rows are dense.
+
+    int64: where memory is channels first, the last channel of one long video lies beyond 2^31.
+    """
     if DENSE:
         offsets = e
     else:
-        offsets = (e // inner) * stride_w + (e % inner) * stride_i
+        offsets = (e // inner).to(tl.int64) * stride_w + (e % inner).to(tl.int64) * stride_i
     return offsets
 
 
-@triton.jit
+# What follows from the numbers of frames and of a video's size: no new kernel for another value.
+@triton.jit(
+    do_not_specialize=["rows", "padded_frames", "padded_height", "height", "cache_frames", "fill",
+                       "keep", "top"],
+    do_not_specialize_on_alignment=["outer"],
+)  # fmt: skip
 def _causal_conv_pad_fwd_kernel(
     x_ptr,  # [B, A, T, H, W, I]
     cache_ptr,  # [B, A, K, H, W, I] or None
@@ -83,7 +91,10 @@ def _causal_conv_pad_fwd_kernel(
         tl.store(kept_ptr + offsets, value, mask=inside & (k >= 0))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "count", "first", "height", "fill", "copies", "first_kept", "top"],
+    do_not_specialize_on_alignment=["outer"],
+)
 def _causal_conv_pad_bwd_kernel(
     dpadded_ptr,  # as padded above, any strides
     dkept_ptr,
@@ -162,7 +173,7 @@ def forward(
     block_rows, block_row, num_warps = choose_config(padded_row, chip_of(x))
     launch(
         _causal_conv_pad_fwd_kernel,
-        (triton.cdiv(rows, block_rows), triton.cdiv(padded_row, block_row)),
+        (cdiv(rows, block_rows), cdiv(padded_row, block_row)),
         x.device,
         x,
         cache,
@@ -221,7 +232,7 @@ def backward(
         rows = batch * outer * count * height
         launch(
             _causal_conv_pad_bwd_kernel,
-            (triton.cdiv(rows, block_rows), triton.cdiv(row, block_row)),
+            (cdiv(rows, block_rows), cdiv(row, block_row)),
             dpadded.device,
             dpadded,
             dkept,

@@ -10,24 +10,36 @@ import triton.language as tl
 from torch import Tensor
 
 from ...aot import AotCase
-from .._device import load_f32
-from .._grouped import token_offset
-from .._launch import launch
+from .._device import load_f32, token_at
+from .._grouped import rows_of
+from .._launch import cdiv, flat, launch, token_strides
 from .config import chip_of, choose_config
 
 
 @triton.jit
 def _row_numbers(n, inside, index_ptr, tokens_per_row, guidance_ptr, weight_ptr):
     """Guidance and weight of tokens n."""
-    if index_ptr is not None:
-        rows = tl.load(index_ptr + n, mask=inside, other=0).to(tl.int64)
-    else:
-        rows = tl.where(inside, n, 0) // tokens_per_row
+    rows = rows_of(n, index_ptr, tokens_per_row, inside)
     guidance = tl.load(guidance_ptr + rows, mask=inside, other=0.0)
     return guidance, tl.load(weight_ptr + rows, mask=inside, other=0.0)
 
 
+#: Integers without a part in how wide accesses are: another value makes no other kernel.
+SIZES = ["tokens", "slices", "per_batch", "tokens_per_row"]
+
+
 @triton.jit
+def _place(slices, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens and columns of a program, neighbours in memory one after the other.
+
+    One number, because a grid's second dimension ends at 65535: one row may be a whole latent.
+    """
+    pid = tl.program_id(0)
+    n = (pid // slices).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    return n, pid % slices * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _guided_step_fwd_kernel(
     x_ptr,  # [B, L, D]
     cond_ptr,  # [B, L, D]
@@ -38,6 +50,7 @@ def _guided_step_fwd_kernel(
     out_ptr,  # [N, D]
     tokens,
     width,
+    slices,
     per_batch,  # L
     x_batch_stride,
     x_token_stride,
@@ -46,32 +59,32 @@ def _guided_step_fwd_kernel(
     uncond_batch_stride,
     uncond_token_stride,
     tokens_per_row,
+    FLAT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """out = x + weight[row] * (uncond + guidance[row] * (cond - uncond))."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    n, cols = _place(slices, BLOCK_ROWS, BLOCK_D)
     inside = n < tokens
     mask = inside & (cols < width)
     guidance, weight = _row_numbers(n, inside, index_ptr, tokens_per_row, guidance_ptr, weight_ptr)
     v = load_f32(
-        cond_ptr + token_offset(n, per_batch, cond_batch_stride, cond_token_stride) + cols, mask
+        cond_ptr + token_at(n, per_batch, cond_batch_stride, cond_token_stride, FLAT) + cols, mask
     )
     if uncond_ptr is not None:
         free = load_f32(
             uncond_ptr
-            + token_offset(n, per_batch, uncond_batch_stride, uncond_token_stride)
+            + token_at(n, per_batch, uncond_batch_stride, uncond_token_stride, FLAT)
             + cols,
             mask,
         )
         v = free + guidance * (v - free)
-    x = load_f32(x_ptr + token_offset(n, per_batch, x_batch_stride, x_token_stride) + cols, mask)
+    x = load_f32(x_ptr + token_at(n, per_batch, x_batch_stride, x_token_stride, FLAT) + cols, mask)
     out = x + weight * v
     tl.store(out_ptr + n * width + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _guided_step_bwd_kernel(
     dout_ptr,  # [B, L, D]
     guidance_ptr,  # [R] fp32
@@ -81,21 +94,22 @@ def _guided_step_bwd_kernel(
     duncond_ptr,  # [N, D] or None
     tokens,
     width,
+    slices,
     per_batch,  # L
     dout_batch_stride,
     dout_token_stride,
     tokens_per_row,
     GUIDED: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """dcond = weight * guidance * dout, duncond = weight * (1 - guidance) * dout."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    n, cols = _place(slices, BLOCK_ROWS, BLOCK_D)
     inside = n < tokens
     mask = inside & (cols < width)
     guidance, weight = _row_numbers(n, inside, index_ptr, tokens_per_row, guidance_ptr, weight_ptr)
-    offsets = token_offset(n, per_batch, dout_batch_stride, dout_token_stride) + cols
+    offsets = token_at(n, per_batch, dout_batch_stride, dout_token_stride, FLAT) + cols
     dout = load_f32(dout_ptr + offsets, mask)
     if dcond_ptr is not None:
         dcond = dout * weight
@@ -109,16 +123,20 @@ def _guided_step_bwd_kernel(
         )
 
 
-def _grid(tokens: int, width: int, x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+def _grid(tokens: int, width: int, x: Tensor) -> tuple[tuple[int], int, dict[str, Any]]:
     block_rows, block_d, num_warps = choose_config(width, chip_of(x))
-    grid = (triton.cdiv(tokens, block_rows), triton.cdiv(width, block_d))
-    return grid, {
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_D": block_d,
-        "num_warps": num_warps,
-        "num_stages": 1,
-        "enable_fp_fusion": True,
-    }
+    slices = cdiv(width, block_d)
+    return (
+        (cdiv(tokens, block_rows) * slices,),
+        slices,
+        {
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_D": block_d,
+            "num_warps": num_warps,
+            "num_stages": 1,
+            "enable_fp_fusion": True,
+        },
+    )
 
 
 def forward(
@@ -133,13 +151,13 @@ def forward(
     """The raw op guided_step_fwd."""
     batch, length, width = x.shape
     out = x.new_empty(x.shape)
-    grid, meta = _grid(batch * length, width, x)
+    grid, slices, meta = _grid(batch * length, width, x)
     free = cond if uncond is None else uncond  # its strides; its data is not read
     launch(
         _guided_step_fwd_kernel, grid, x.device,
-        x, cond, uncond, guidance, weight, index, out, batch * length, width, length,
-        x.stride(0), x.stride(1), cond.stride(0), cond.stride(1), free.stride(0), free.stride(1),
-        max(tokens_per_row, 1), **meta,
+        x, cond, uncond, guidance, weight, index, out, batch * length, width, slices, length,
+        *token_strides(x), *token_strides(cond), *token_strides(free), max(tokens_per_row, 1),
+        FLAT=flat(x, cond, free), **meta,
     )  # fmt: skip
     return out
 
@@ -158,12 +176,12 @@ def backward(
     batch, length, width = dout.shape
     dcond = dout.new_empty(dout.shape if needs & 1 else (0,), dtype=dtype)
     duncond = dout.new_empty(dout.shape if needs & 2 else (0,), dtype=dtype)
-    grid, meta = _grid(batch * length, width, dout)
+    grid, slices, meta = _grid(batch * length, width, dout)
     launch(
         _guided_step_bwd_kernel, grid, dout.device,
         dout, guidance, weight, index, dcond if needs & 1 else None,
-        duncond if needs & 2 else None, batch * length, width, length,
-        dout.stride(0), dout.stride(1), max(tokens_per_row, 1), GUIDED=guided, **meta,
+        duncond if needs & 2 else None, batch * length, width, slices, length,
+        *token_strides(dout), max(tokens_per_row, 1), GUIDED=guided, FLAT=flat(dout), **meta,
     )  # fmt: skip
     return dcond, duncond
 
@@ -175,8 +193,8 @@ def aot_cases() -> list[AotCase]:
 
 def _cases(width: int) -> list[AotCase]:
     block_rows, block_d, num_warps = choose_config(width)
-    blocks = {"BLOCK_ROWS": block_rows, "BLOCK_D": block_d}
-    sizes = ("tokens", "width", "per_batch", "tokens_per_row")
+    blocks = {"FLAT": True, "BLOCK_ROWS": block_rows, "BLOCK_D": block_d}
+    sizes = ("width", *SIZES)
     per_row = {"guidance_ptr": "*fp32", "weight_ptr": "*fp32", "index_ptr": "*i32"}
 
     def case(

@@ -28,13 +28,24 @@ def affine(weight_ptr, bias_ptr, c, mask):
 
 @triton.jit
 def _at(ptr, region, frames, l, c, s_b, s_f, s_l, s_c):  # noqa: E741
-    return ptr + ((region // frames) * s_b + (region % frames) * s_f) + l * s_l + c * s_c
+    """All in int64: channels first, the last channel of one long video lies beyond 2^31."""
+    start = (region // frames) * s_b + (region % frames) * s_f
+    return ptr + start + l * s_l + c.to(tl.int64) * s_c
 
 
 @triton.jit
 def load_tile(ptr, region, frames, l, c, s_b, s_f, s_l, s_c, mask):  # noqa: E741
     """Positions ``l`` and channels ``c`` of a region (one frame of one sample), as fp32."""
     return load_f32(_at(ptr, region, frames, l, c, s_b, s_f, s_l, s_c), mask)
+
+
+@triton.jit
+def groups_of(region, c, width, GROUP: tl.constexpr):
+    """The group of channels ``c`` of a region, counted over all regions; GROUP channels each.
+
+    A constant: a division by a number known at run time only is eighteen instructions per channel.
+    """
+    return region * (width // GROUP) + c // GROUP
 
 
 @triton.jit
@@ -65,13 +76,16 @@ def case(
     scalars: str,
     constants: dict[str, object],
     narrow_store_ok: bool = False,
+    small: bool = False,
 ) -> AotCase:
-    """``tensors`` and ``pointers`` name bf16 and fp32 pointers, ``scalars`` integers."""
+    """``tensors`` and ``pointers`` name bf16 and fp32 pointers, ``scalars`` integers; ``small``:
+    a kernel of partial sums, whose accesses need not be wide."""
     unit = "c" if last else "l"
     given = dict.fromkeys(tensors.split(), "*bf16") | dict.fromkeys(pointers.split(), "*fp32")
     names = [n for n in kernel.arg_names if n[1:] in ("_b", "_f", "_l", "_c")]
     strides = [n for n in names if n[2] != unit]
     floats = [n for n in kernel.arg_names if n in ("eps", "floor", "ceiling")]
+    blocks = {"BLOCK_L": tile.block_l, "BLOCK_C": tile.block_c}
     return AotCase(
         name=f"{name}_{'last' if last else 'first'}",
         kernel=kernel,
@@ -80,8 +94,9 @@ def case(
         | dict.fromkeys(floats, "fp32"),
         constexprs=constants
         | dict.fromkeys([n for n in names if n[2] == unit], 1)
-        | {"BLOCK_L": tile.block_l, "BLOCK_C": tile.block_c},
-        num_warps=tile.num_warps,
+        | {name: size for name, size in blocks.items() if name in kernel.arg_names},
+        num_warps=8 if small else tile.num_warps,
+        memory_bound=not small,
         divisible=(*given, *strides, *({"length", "width", "chunk"} & set(scalars.split()))),
         narrow_store_ok=narrow_store_ok,
     )  # fmt: skip

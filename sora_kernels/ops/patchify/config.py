@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .._tables import Chip, chip_of, tuned
+from .._tables import Chip, chip_of, remembered, tuned
 
 __all__ = ["Config", "chip_of", "choose_config"]
 
@@ -15,6 +15,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
+@remembered
 def choose_config(grid_w: int, features: int, chip: Chip | None = None) -> Config:
     """At most 4096 elements, features first: they are what is contiguous in the token matrix."""
     block_f = min(1 << (features - 1).bit_length(), 256)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import launch
+from .._launch import cdiv, launch
 from .config import chip_of, choose_config
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ def _copy(
     for n, video in enumerate(videos):
         t, h, w = grids[3 * n : 3 * n + 3]
         config = choose_config(w, tokens.shape[1], chip_of(tokens))
-        rows = t * h * triton.cdiv(w, config.block_w)
+        rows = t * h * cdiv(w, config.block_w)
         launch(
-            _patchify_kernel, (rows, triton.cdiv(tokens.shape[1], config.block_f)), tokens.device,
+            _patchify_kernel, (rows, cdiv(tokens.shape[1], config.block_f)), tokens.device,
             video, tokens, first, channels, t, h, w, *tiles[3 * n : 3 * n + 3],
             *video.stride(), tokens.stride(0),
             PT=pt, PH=ph, PW=pw, TO_TOKENS=to_tokens,
