@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sora_kernels import causal_conv_pad, use_backend
-from tests.helpers import check, poisoned, randn
+from tests.helpers import check, far_apart, poisoned, randn
 
 BACKENDS = ("native", "triton")
 LAST = torch.channels_last_3d
@@ -107,6 +107,17 @@ def test_any_strides_in_and_the_asked_layout_out(
         assert torch.equal(padded, want), name
         assert torch.equal(kept, want[:, :, -2:, 1:-1, 1:-1]), name
         assert padded.is_contiguous(memory_format=memory_format), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory_format", [FIRST, LAST])
+def test_channels_beyond_2_to_the_31st_element(
+    backend: str, memory_format: torch.memory_format
+) -> None:
+    x = clip(1, 3, 2, 2, 4, dtype=torch.float16)
+    with use_backend(backend):
+        padded, _ = causal_conv_pad(far_apart(x), pad_t=1, pad_w=1, memory_format=memory_format)
+    assert torch.equal(padded, plain(x, None, 1, 0, 1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

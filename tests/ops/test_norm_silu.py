@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sora_kernels import norm_silu, use_backend
 from sora_kernels.ops.norm_silu import config
-from tests.helpers import check, poisoned, randn
+from tests.helpers import check, far_apart, poisoned, randn
 
 BACKENDS = ("native", "triton")
 NORMS: dict[str, dict[str, Any]] = {
@@ -136,6 +136,36 @@ def test_large_and_vanishing_inputs(backend: str, last: bool) -> None:
         arguments["weight"] *= 50  # SiLU far on both sides
     compare(backend, arguments, norm="rms")
     compare(backend, arguments, norm="l2", eps=1e-2)
+
+
+@pytest.mark.parametrize("norm", ["rms", "group"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_channels_beyond_2_to_the_31st_element(backend: str, norm: str) -> None:
+    x = randn(1, 3, 1, 1, 16, dtype=torch.float16)
+    far, near = far_apart(x), x.clone()
+    with use_backend(backend):
+        results = [
+            run(
+                {"x": v.requires_grad_()},
+                x,
+                norm=norm,
+                **({"groups": 3} if norm == "group" else {}),
+            )
+            for v in (far, near)
+        ]
+    assert all(torch.equal(results[0][name], results[1][name]) for name in ("y", "dx"))
+
+
+@pytest.mark.parametrize("norm", ["rms", "l2"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_makes_its_position_nan_as_in_pytorch(backend: str, norm: str) -> None:
+    x = randn(1, 5, 2, 2, 2)
+    x[0, 3, 1, 0, 1] = float("nan")
+    with use_backend("reference"):
+        expected = norm_silu(x, norm=norm).isnan()
+    with use_backend(backend):
+        assert torch.equal(norm_silu(x, norm=norm).isnan(), expected)
+    assert expected.sum() == 5
 
 
 def test_agrees_with_the_modules_that_models_use() -> None:
