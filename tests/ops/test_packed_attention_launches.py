@@ -14,7 +14,9 @@ import triton.language as tl
 import sora_kernels
 from sora_kernels.ops.packed_attention import aot_cases as dense_cases
 from sora_kernels.ops.packed_attention import kernels, kernels_bwd
-from sora_kernels.ops.packed_attention.kernels import _first_query, in_steps
+from sora_kernels.ops.packed_attention.config import Launch, choose_config, forced_descriptors
+from sora_kernels.ops.packed_attention.descriptors import describe
+from sora_kernels.ops.packed_attention.kernels import _first_query, in_steps, options
 from sora_kernels.ops.windowed_attention import aot_cases as windowed_cases
 from sora_kernels.ops.windowed_attention import kernels as windowed
 from sora_kernels.ops.windowed_attention import kernels_bwd as windowed_bwd
@@ -65,6 +67,18 @@ def test_no_number_that_varies_makes_another_kernel() -> None:
         assert numbers <= set(kernel.kwargs["do_not_specialize"]), kernel
     for case in [*dense_cases.aot_cases(), *windowed_cases.aot_cases()]:
         assert all(name.endswith("_ptr") for name in case.divisible)
+
+
+def test_stages_are_fewer_only_where_a_launch_for_descriptors_reads_by_pointers() -> None:
+    hopper = Launch(128, 128, 8, 3, descriptors=True)
+    assert (hopper.stages(True), hopper.stages(False)) == (3, 2)
+    assert hopper._replace(num_stages=1).stages(False) == 1
+    assert Launch(128, 64, 8, 3).stages(False) == 3
+    aligned = torch.zeros(8, 2, 64)
+    for on, stages in ((True, 3), (False, 2)):
+        with forced_descriptors(on):
+            found = describe(hopper, choose_config(64, torch.half, (9, 0)), (128,), aligned)
+        assert options(hopper, found)["num_stages"] == stages
 
 
 @triton.jit

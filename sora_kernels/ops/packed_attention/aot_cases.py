@@ -74,7 +74,7 @@ def matrix_case(
         signature=signature,
         constexprs=constexprs,
         num_warps=launch.num_warps,
-        num_stages=launch.stages(launch.descriptors),
+        num_stages=launch.num_stages,
         memory_bound=False,
         # Beyond head dim 128 the 64 rows of a wgmma do not fit the registers of a backward on
         # sm_90: it runs on 32 rows, by mma.sync.
@@ -121,7 +121,8 @@ def matrix_cases(kernels: dict[str, Any], dots: dict[str, int], choose: Choose) 
             for arch in ARCHS if dtype is torch.bfloat16 else (80, 90):
                 config = choose(head_dim, dtype, divmod(arch, 10))
                 launch = getattr(config, kind)
-                for one in dict.fromkeys((launch, launch._replace(descriptors=False))):
+                plain = launch._replace(descriptors=False, num_stages=launch.stages(False))
+                for one in dict.fromkeys((launch, plain)):
                     launches.setdefault(one, []).append(arch)
             for launch, archs in launches.items():
                 chips = tuple(archs)

@@ -31,6 +31,8 @@ def choose_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
             config = replace(
                 config, fwd=config.fwd._replace(block_n=32), dq=config.dq._replace(block_m=32)
             )
+    elif capability[0] in (8, 12) and dim1 + dim2 == 128:  # 99 KB of shared memory
+        config = replace(config, fwd=config.fwd._replace(num_stages=min(config.fwd.num_stages, 2)))
     return config
 
 
