@@ -175,7 +175,7 @@ def warm(job: tuple[Kernel, Launch]) -> str:
 
 
 def shown(launch: Launch) -> str:
-    m, n, warps, stages, group, descriptors = launch
+    m, n, warps, stages, group, descriptors = launch[:6]
     return f"{m}x{n} warps={warps} stages={stages} group={group}" + " pointers" * (not descriptors)
 
 

@@ -73,6 +73,7 @@ def test_stages_are_fewer_only_where_a_launch_for_descriptors_reads_by_pointers(
     hopper = Launch(128, 128, 8, 3, descriptors=True)
     assert (hopper.stages(True), hopper.stages(False)) == (3, 2)
     assert hopper._replace(num_stages=1).stages(False) == 1
+    assert hopper._replace(pointer_stages=1).stages(False) == 1
     assert Launch(128, 64, 8, 3).stages(False) == 3
     aligned = torch.zeros(8, 2, 64)
     for on, stages in ((True, 3), (False, 2)):

@@ -18,7 +18,8 @@ from torch import Tensor
 class Launch(NamedTuple):
     """`block_m` query rows by `block_n` key rows; `group` query (or key) blocks run per head
     before the next head starts, so that neighbours on the chip share their keys in L2.
-    `descriptors`: the loop reads by tensor descriptors where all it reads is `describable`."""
+    `descriptors`: the loop reads by tensor descriptors where all it reads is `describable`; where
+    it is not, by pointers in at most `pointer_stages`, as addresses take registers."""
 
     block_m: int
     block_n: int
@@ -26,11 +27,12 @@ class Launch(NamedTuple):
     num_stages: int
     group: int = 16
     descriptors: bool = False
+    pointer_stages: int = 2
 
     def stages(self, descriptors: bool) -> int:
-        """Stages of the loop, which decide about no bit. Two where a launch for descriptors has to
-        read by pointers: the addresses of further blocks would not fit its registers."""
-        return self.num_stages if descriptors or not self.descriptors else min(self.num_stages, 2)
+        """Stages of the loop, which decide about no bit, where it reads by descriptors or not."""
+        most = self.pointer_stages if self.descriptors and not descriptors else self.num_stages
+        return min(self.num_stages, most)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,10 @@ def _half_precision(major: int, dim1: int, dim2: int) -> Config:
 
     if major == 9:
         numbers = dict(zip(("fwd", "dq", "dkv"), _hopper(wide, dim2), strict=True))
-        return Config(dim1=dim1, dim2=dim2, **{k: launch(k, *numbers[k]) for k in numbers})
+        launches = {kind: launch(kind, *numbers[kind]) for kind in numbers}
+        if launches["dkv"].num_warps == 4:  # two programs of up to 255 registers
+            launches["dkv"] = launches["dkv"]._replace(pointer_stages=1)
+        return Config(dim1=dim1, dim2=dim2, **launches)
     if wide > 128:
         rows = 64 if major == 10 else 32
         fwd = launch("fwd", 64, 32, 8, 1)
