@@ -34,11 +34,16 @@ def forward(width: int, chip: Chip | None = None) -> ForwardConfig:
 
 @remembered
 def backward(tokens: int, width: int, itemsize: int, chip: Chip | None = None) -> BackwardConfig:
-    """2048 elements at a time, 16 per thread, of x and of dy."""
-    block_d, block_rows, num_warps = forward_rows(width, column_slice(width))
+    """16 elements per thread of x and of dy at a time, and warps next to each other along a row.
+
+    (With warps above each other Triton 3.6 computes a tile twice: for the store, and for the sum.)
+    """
+    block_d = forward_rows(width, column_slice(width)).block_d
+    num_warps = max(block_d // 256, 1)
+    block_rows = num_warps * 512 // block_d
     stages = min(load_stages(2 * block_rows * block_d * itemsize), 3)
     default = BackwardConfig(0, block_rows, block_d, num_warps, stages)
     fields = ("block_rows", "block_d", "num_warps", "num_stages")
     found = tuned("bias_gelu", "backward", default, fields, chip, width=width)
-    many = max(block_tokens(tokens, -(-width // found.block_d)), found.block_rows)
-    return found._replace(block_tokens=many)
+    parts = max(-(-width // found.block_d) * found.num_warps // 4, 1)
+    return found._replace(block_tokens=max(block_tokens(tokens, parts), found.block_rows))

@@ -27,11 +27,11 @@ def _half_gate(u):
 
 
 @triton.jit
-def _biased(x_ptr, bias_ptr, offsets, cols, mask, cols_mask):
-    u = load_f32(x_ptr + offsets, mask)
+def _load_bias(bias_ptr, cols, mask):
+    bias = 0.0
     if bias_ptr is not None:
-        u += load_f32(bias_ptr + cols, cols_mask)
-    return u
+        bias = load_f32(bias_ptr + cols, mask)
+    return bias
 
 
 @triton.jit(do_not_specialize=["tokens", "per_batch"])
@@ -54,7 +54,7 @@ def _bias_gelu_fwd_kernel(
     cols_mask = cols < width
     mask = (n < tokens) & cols_mask
     x_offsets = token_at(n, per_batch, x_batch_stride, x_token_stride, FLAT) + cols
-    u = _biased(x_ptr, bias_ptr, x_offsets, cols, mask, cols_mask)
+    u = load_f32(x_ptr + x_offsets, mask) + _load_bias(bias_ptr, cols, cols_mask)
     s, _ = _half_gate(u)
     y = u * s
     tl.store(y_ptr + n * width + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -90,13 +90,14 @@ def _bias_gelu_bwd_kernel(
     end = tl.minimum(start + block_tokens, tokens)
     cols = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     cols_mask = cols < width
+    bias = _load_bias(bias_ptr, cols, cols_mask)
     total = tl.zeros([BLOCK_ROWS, BLOCK_D], dtype=tl.float32)
     for i in tl.range(0, tl.cdiv((end - start).to(tl.int32), BLOCK_ROWS), num_stages=STAGES):
         n = start + i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
         mask = (n < end) & cols_mask
         x_offsets = token_at(n, per_batch, x_batch_stride, x_token_stride, FLAT) + cols
         dy_offsets = token_at(n, per_batch, dy_batch_stride, dy_token_stride, FLAT) + cols
-        u = _biased(x_ptr, bias_ptr, x_offsets, cols, mask, cols_mask)
+        u = load_f32(x_ptr + x_offsets, mask) + bias
         s, slope = _half_gate(u)
         inner = slope * u * (u * u * (3.0 * _CUBIC) + _TWO_C)
         dx = load_f32(dy_ptr + dy_offsets, mask) * (s + inner)
