@@ -37,8 +37,8 @@ inline int64_t tokens_of_heads(const Tensor& t) { return t.numel() / (t.size(-1)
 struct __attribute__((visibility("hidden"))) QkInputs {
   const List &q, &k, &v, &q_weight, &k_weight, &q_bias, &k_bias, &index;
   int64_t tokens;
-  const Optional* tables;  // cos, sin, positions, parts of q, then of k
-  const int64_t* places;   // part_size and first_token of q, then of k
+  Optional tables[8];  // cos, sin, positions, parts of q, then of k
+  int64_t places[4];   // part_size and first_token of q, then of k
   const std::vector<int64_t>& axes;
   int64_t norm;
   double eps;
@@ -175,15 +175,15 @@ void copy_rows(Device& device, const Tensor& from, Tensor& to, const Tensor& ind
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> qk_forward(
     List q, List k, OptionalList v, OptionalList q_weight, OptionalList k_weight,
-    OptionalList q_bias, OptionalList k_bias, OptionalList index, int64_t tokens, Optional cos, Optional sin, Optional positions, Optional parts, Optional k_cos,
-    Optional k_sin, Optional k_positions, Optional k_parts, int64_t part_size,
-    int64_t first_token, int64_t k_part_size, int64_t k_first_token, std::vector<int64_t> axes,
-    int64_t norm, double eps, int64_t pairing, int64_t law) {
-  const Optional tables[] = {cos, sin, positions, parts, k_cos, k_sin, k_positions, k_parts};
-  const int64_t places[] = {part_size, first_token, k_part_size, k_first_token};
+    OptionalList q_bias, OptionalList k_bias, OptionalList index, int64_t tokens, Optional cos,
+    Optional sin, Optional positions, Optional parts, Optional k_cos, Optional k_sin,
+    Optional k_positions, Optional k_parts, int64_t part_size, int64_t first_token,
+    int64_t k_part_size, int64_t k_first_token, std::vector<int64_t> axes, int64_t norm, double eps,
+    int64_t pairing, int64_t law) {
   const QkInputs in{q, k, list_of(v), list_of(q_weight), list_of(k_weight), list_of(q_bias),
-                    list_of(k_bias), list_of(index), tokens, tables, places, axes, norm, eps, pairing,
-                    law};
+                    list_of(k_bias), list_of(index), tokens,
+                    {cos, sin, positions, parts, k_cos, k_sin, k_positions, k_parts},
+                    {part_size, first_token, k_part_size, k_first_token}, axes, norm, eps, pairing, law};
   in.check();
   Device device(q[0]);
   const auto output = [&](const List& x) {
@@ -210,11 +210,10 @@ List qk_backward(
     Optional k_parts, int64_t part_size, int64_t first_token, int64_t k_part_size,
     int64_t k_first_token, std::vector<int64_t> axes, int64_t norm, double eps, int64_t pairing,
     int64_t law, std::vector<int64_t> needs) {
-  const Optional tables[] = {cos, sin, positions, parts, k_cos, k_sin, k_positions, k_parts};
-  const int64_t places[] = {part_size, first_token, k_part_size, k_first_token};
   const QkInputs in{q, k, list_of(v), list_of(q_weight), list_of(k_weight), list_of(q_bias),
-                    list_of(k_bias), list_of(index), tokens, tables, places, axes, norm, eps, pairing,
-                    law};
+                    list_of(k_bias), list_of(index), tokens,
+                    {cos, sin, positions, parts, k_cos, k_sin, k_positions, k_parts},
+                    {part_size, first_token, k_part_size, k_first_token}, axes, norm, eps, pairing, law};
   in.check();
   const List* lists[] = {&q, &k, &in.v, &in.q_weight, &in.k_weight, &in.q_bias, &in.k_bias};
   size_t start[8] = {0};

@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "tensors.h"
+#include "gradients.h"
 
 #define SORA_CPU_OP(op, forward, backward) \
   SORA_RAW_OP(sora_kernels, CPU, op, "", forward, backward)
@@ -59,27 +59,15 @@ class Cpu {
   std::vector<std::vector<float>> kept_;
 };
 
-// Memory for gradients of tokens, and for those that are sums over tokens with their partial sums
-// until stage two has run.
-class Gradients {
+// Gradients, those that are sums over tokens with what stage two needs.
+class Gradients : public GradientMemory<Cpu> {
  public:
   Gradients(const Cpu& device, int64_t tokens, int64_t width, const RowMap&, bool one_token_rows)
-      : device_(device), width_(width), blocks_(blocks_of(tokens)), whole_(one_token_rows) {}
+      : GradientMemory(device, width), blocks_(blocks_of(tokens)), whole_(one_token_rows) {}
 
-  Tensor none() const { return device_.empty({0}, ScalarType::Float); }  // outputs must not alias
-
-  Tensor tokens(bool wanted, const Tensor& like, ScalarType type, void*& result) const {
-    if (!wanted) return none();
-    Tensor grad = device_.empty(shape_of(like), type);
-    result = data(grad);
-    return grad;
-  }
-
-  // Of a modulation [R, D]. One that is summed further, over rows (for its table), stays fp32.
   Tensor modulation(bool wanted, const Optional& of, bool table, RowGrad& sum) {
     if (!wanted || !of) return none();
-    Tensor grad =
-        device_.empty({of->size(0), width_}, table ? ScalarType::Float : of->scalar_type());
+    Tensor grad = new_modulation(*of, table);
     sum = {data(grad), dtype_of(grad), whole_ ? nullptr : partial({blocks_, 2, width_})};
     if (!whole_) rows_ = std::max(rows_, of->size(0));
     return grad;
@@ -88,7 +76,7 @@ class Gradients {
   // Of a vector [D]: fp32, over all tokens.
   Tensor vector(bool wanted, const Optional& of, VectorGrad& sum) {
     if (!wanted || !of) return none();
-    Tensor grad = device_.empty({width_}, ScalarType::Float);
+    Tensor grad = new_vector();
     sum = {data<float>(grad), partial({blocks_, width_})};
     vectors_ = true;
     return grad;
@@ -103,15 +91,32 @@ class Gradients {
   }
 
  private:
-  float* partial(std::vector<int64_t> shape) {
-    partials_.push_back(device_.empty(std::move(shape), ScalarType::Float));
-    return data<float>(partials_.back());
+  int64_t blocks_, rows_ = 0;
+  bool whole_, vectors_ = false;
+};
+
+// The Device of an op with a norm: Kernels names its structs and kernels, and says which backwards
+// write past the cache.
+template <class Kernels>
+class NormDevice : public Cpu {
+ public:
+  using Forward = typename Kernels::Forward;
+  using Backward = typename Kernels::Backward;
+  using Gradients = sora::Gradients;
+  using Cpu::Cpu;
+
+  void forward(Forward& a) const {
+    a.stream = past_cache(a.tokens * a.width, a.out_type);
+    torch::stable::parallel_for(0, a.tokens, token_grain(a.width),
+                                [&](int64_t b, int64_t e) { Kernels::forward(a, b, e); });
   }
 
-  const Cpu& device_;
-  int64_t width_, blocks_, rows_ = 0;
-  bool whole_, vectors_ = false;
-  std::vector<Tensor> partials_;
+  void backward(Backward& a, const Gradients& grads) const {
+    a.stream = Kernels::past_cache(a, a.tokens * a.width);
+    torch::stable::parallel_for(0, blocks_of(a.tokens), 1,
+                                [&](int64_t b, int64_t e) { Kernels::backward(a, b, e); });
+    grads.finish([&](int64_t b, int64_t e) { Kernels::finish(a, b, e); });
+  }
 };
 
 }  // namespace sora

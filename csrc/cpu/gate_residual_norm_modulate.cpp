@@ -7,35 +7,29 @@
 namespace sora {
 namespace {
 
-class Device : public Cpu {
- public:
+struct Kernels {
   using Forward = GateResidualNormModulateFwd;
   using Backward = GateResidualNormModulateBwd;
-  using Gradients = sora::Gradients;
-  using Cpu::Cpu;
 
-  void forward(Forward& a) const {
-    a.stream = past_cache(a.tokens * a.width, a.out_type);
-    torch::stable::parallel_for(0, a.tokens, token_grain(a.width), [&](int64_t b, int64_t e) {
-      SORA_CALL_KERNEL(gate_residual_norm_modulate_fwd, a, b, e);
-    });
+  static void forward(const Forward& a, int64_t begin, int64_t end) {
+    SORA_CALL_KERNEL(gate_residual_norm_modulate_fwd, a, begin, end);
   }
-
-  void backward(Backward& a, const Gradients& grads) const {
-    const int64_t numbers = a.tokens * a.width;
-    a.stream = (a.dx && past_cache(numbers, a.x.type)) ||
-               ((a.dy[0] || a.dy[1]) && past_cache(numbers, a.y_type));
-    torch::stable::parallel_for(0, blocks_of(a.tokens), 1, [&](int64_t b, int64_t e) {
-      SORA_CALL_KERNEL(gate_residual_norm_modulate_bwd, a, b, e);
-    });
-    grads.finish([&](int64_t b, int64_t e) {
-      SORA_CALL_KERNEL(gate_residual_norm_modulate_bwd_finish, a, b, e);
-    });
+  static void backward(const Backward& a, int64_t begin, int64_t end) {
+    SORA_CALL_KERNEL(gate_residual_norm_modulate_bwd, a, begin, end);
+  }
+  static void finish(const Backward& a, int64_t begin, int64_t end) {
+    SORA_CALL_KERNEL(gate_residual_norm_modulate_bwd_finish, a, begin, end);
+  }
+  static bool past_cache(const Backward& a, int64_t numbers) {
+    return (a.dx && sora::past_cache(numbers, a.x.type)) ||
+           ((a.dy[0] || a.dy[1]) && sora::past_cache(numbers, a.y_type));
   }
 };
+using Device = NormDevice<Kernels>;
 
 }  // namespace
 
-SORA_CPU_OP(gate_residual_norm_modulate, gate_residual_norm_modulate_forward<Device>, gate_residual_norm_modulate_backward<Device>)
+SORA_CPU_OP(gate_residual_norm_modulate, gate_residual_norm_modulate_forward<Device>,
+            gate_residual_norm_modulate_backward<Device>)
 
 }  // namespace sora

@@ -1,11 +1,12 @@
-// The rows of tokens to come, on their way from memory to shared memory (cp.async) while the token at hand
-// is worked on. A GPU reaches its bandwidth only with tens of KB under way to every multiprocessor; a loop
-// that loads a token, waits for its sums and stores it has none under way most of the time.
+// The rows of tokens to come, on their way from memory to shared memory (cp.async) while the token at
+// hand is worked on. A GPU reaches its bandwidth only with tens of KB under way to every
+// multiprocessor; a loop that loads a token, waits for its sums and stores it has none most of the time.
 //
 // Every thread asks for the very bytes that it will read itself, so nobody waits for anybody else, and
 // what is under way takes no registers.
 #pragma once
 #include "launch.h"
+#include "norm.h"
 #include "vectors.h"
 
 namespace sora::cuda {
@@ -44,14 +45,17 @@ SORA_D void wait_for_copies() {
 }
 
 constexpr int kMostAhead = 4;  // tokens
+// Blocks of more threads than these have a multiprocessor to themselves, by their registers, and all of
+// its shared memory that every chip from 8.0 on has.
+constexpr int kFriendlyThreads = 320, kAllShared = 96 << 10;
 
 // V numbers in pieces of 16 bytes.
 template <class T, int V>
 constexpr int kPieces = V * static_cast<int>(sizeof(T)) / 16;
 
-// The shared memory of a block: a ring of places for one token each. In a place the pieces of a thread lie
-// side by side, its two statistics after them; an odd number of 16 bytes keeps neighbouring threads in
-// different banks.
+// The shared memory of a block: a ring of places for one token each. In a place the pieces of a thread
+// lie side by side, its two statistics after them; an odd number of 16 bytes keeps neighbouring threads
+// in different banks.
 struct AheadPlan {
   int tokens, place_bytes, bytes;
 };
@@ -60,8 +64,9 @@ constexpr int kThreadBytes = 16 * ((Pieces + 1) | 1);
 
 template <int Pieces>
 AheadPlan plan_ahead(dim3 block) {
-  const int place = static_cast<int>(block.x * block.y) * kThreadBytes<Pieces>;
-  const int fit = kFreeShared / place, tokens = fit < 1 ? 1 : fit < kMostAhead ? fit : kMostAhead;
+  const int threads = static_cast<int>(block.x * block.y), place = threads * kThreadBytes<Pieces>;
+  const int fit = (threads > kFriendlyThreads ? kAllShared : kFreeShared) / place;
+  const int tokens = fit < 1 ? 1 : fit < kMostAhead ? fit : kMostAhead;
   return {tokens, place, tokens * place};
 }
 
@@ -81,9 +86,9 @@ class Ahead {
     for (int i = 0; i < kPieces<T, V>; ++i)
       copy_later<16>(place() + piece + i, reinterpret_cast<const char*>(from) + 16 * i);
   }
-  __device__ __forceinline__ void ask_statistics(const float* mean, const float* rstd) {
-    if (mean) copy_later<4>(statistics(), mean);
-    copy_later<4>(statistics() + 1, rstd);
+  __device__ __forceinline__ void ask_statistics(const Normed& a, int64_t n) {
+    if (a.mean) copy_later<4>(statistics(), a.mean + n);
+    copy_later<4>(statistics() + 1, a.rstd + n);
   }
   __device__ __forceinline__ void end() {
     end_group();
@@ -109,11 +114,15 @@ class Ahead {
     }
     return r;
   }
+  __device__ __forceinline__ float mean(const Normed& a) const {
+    return a.mean ? statistics()[0] : 0.0f;
+  }
+  __device__ __forceinline__ float rstd() const { return statistics()[1]; }
+
+ private:
   __device__ __forceinline__ float* statistics() const {
     return reinterpret_cast<float*>(place() + Pieces);
   }
-
- private:
   __device__ __forceinline__ uint4* place() const { return reinterpret_cast<uint4*>(memory_ + now_); }
 
   const AheadPlan& plan_;

@@ -9,8 +9,8 @@
 
 #include <climits>
 
+#include "gradients.h"
 #include "sums.h"
-#include "tensors.h"
 
 #ifdef SORA_EMULATED
 #define SORA_CUDA_OP(op, forward, backward) \
@@ -89,59 +89,60 @@ class Cuda {
   OnDevice device_;
 };
 
-// Memory for gradients of tokens, and for those that are sums over tokens with their partial sums
-// until stage two has run.
-class Gradients {
+// Gradients, those that are sums over tokens with what stage two needs.
+class Gradients : public GradientMemory<Cuda> {
  public:
   Gradients(const Cuda& device, int64_t tokens, int64_t width, const RowMap& rows,
             bool one_token_rows)
-      : device_(device), tokens_(tokens), width_(width), rows_(rows), whole_(one_token_rows) {
+      : GradientMemory(device, width), tokens_(tokens), rows_(rows), whole_(one_token_rows) {
     STD_TORCH_CHECK(tokens <= INT_MAX - 1024,
                     "sora_kernels: x: expected fewer than 2^31 tokens, got ", tokens);
     const int64_t size = block_tokens(tokens);
     blocks_ = tokens > 0 ? (tokens + size - 1) / size : 1;  // a null pointer means something else
   }
 
-  Tensor none() const { return device_.empty({0}, ScalarType::Float); }  // outputs must not alias
-
-  Tensor tokens(bool wanted, const Tensor& like, ScalarType type, void*& result) const {
-    if (!wanted) return none();
-    Tensor grad = device_.empty(shape_of(like), type);
-    result = data(grad);
-    return grad;
-  }
-
-  // Of a modulation [R, D]. One that is summed further, over rows (for its table), stays fp32.
   Tensor modulation(bool wanted, const Optional& of, bool table, GroupedSum& sum) {
     if (!wanted || !of) return none();
-    Tensor grad =
-        device_.empty({of->size(0), width_}, table ? ScalarType::Float : of->scalar_type());
-    sum = {{data(grad), dtype_of(grad), whole_ ? nullptr : partial()}, rows_, of->size(0)};
+    Tensor grad = new_modulation(*of, table);
+    sum = {{data(grad), dtype_of(grad), whole_ ? nullptr : partial({blocks_, 2, width_})},
+           rows_, of->size(0)};
     return grad;
   }
 
   // Of a vector [D]: fp32, over all tokens, in the order in which the rows sort them.
   Tensor vector(bool wanted, const Optional& of, GroupedSum& sum) {
     if (!wanted || !of) return none();
-    Tensor grad = device_.empty({width_}, ScalarType::Float);
+    Tensor grad = new_vector();
     RowMap all;
     all.order = rows_.order;
     all.tokens_per_row = tokens_ > 0 ? tokens_ : 1;
-    sum = {{data(grad), DType::f32, partial()}, all, 1};
+    sum = {{data(grad), DType::f32, partial({blocks_, 2, width_})}, all, 1};
     return grad;
   }
 
  private:
-  float* partial() {
-    partials_.push_back(device_.empty({blocks_, 2, width_}, ScalarType::Float));
-    return data<float>(partials_.back());
-  }
-
-  const Cuda& device_;
-  int64_t tokens_, width_, blocks_;
+  int64_t tokens_, blocks_;
   RowMap rows_;
   bool whole_;
-  std::vector<Tensor> partials_;
+};
+
+// The Device of an op with a norm, whose kernels are run_forward, run_backward and holds_row of its structs.
+template <class Fwd, class Bwd>
+class NormDevice : public Cuda {
+ public:
+  using Forward = Fwd;
+  using Backward = Bwd;
+  using Gradients = cuda::Gradients;
+  using Cuda::Cuda;
+
+  void forward(const Forward& a) const { run_forward(a, stream()); }
+
+  void backward(Backward& a, const Gradients&) const {
+    const bool whole = holds_row(a);
+    Tensor means = empty({whole ? 0 : a.tokens, 2}, ScalarType::Float);
+    a.means = whole ? nullptr : data<float>(means);
+    run_backward(a, stream());
+  }
 };
 
 }  // namespace sora::cuda

@@ -31,9 +31,9 @@ struct GateResidualNormModulateBwd : GateResidualNormModulate {
 };
 
 // Whether one block of threads takes whole rows in the backward; else it needs `means`.
-bool gate_residual_norm_modulate_bwd_holds_row(const GateResidualNormModulateBwd& a);
+bool holds_row(const GateResidualNormModulateBwd& a);
 
-void gate_residual_norm_modulate_fwd(const GateResidualNormModulateFwd& a, Stream stream);
-void gate_residual_norm_modulate_bwd(const GateResidualNormModulateBwd& a, Stream stream);
+void run_forward(const GateResidualNormModulateFwd& a, Stream stream);
+void run_backward(const GateResidualNormModulateBwd& a, Stream stream);
 
 }  // namespace sora::cuda

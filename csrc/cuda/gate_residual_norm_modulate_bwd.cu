@@ -90,30 +90,25 @@ __global__ void __launch_bounds__(kMaxThreads<All>, 1) gate_residual_norm_modula
     }
   };
   Ahead<L::kAll> ahead(plan);
-  auto ask = [&](int position) {
-    if (position < block.stop) {
-      const int64_t n = token_at(a.rows, position);
-      ahead.ask_statistics(a.mean ? a.mean + n : nullptr, a.rstd + n);
+  auto rows = [&](int n) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        if (column(k) >= a.width) continue;
-        ahead.template ask<Tx, V>(L::x(k), token_row<Tx>(a.x, n) + column(k));
-        ahead.template ask<Tout, V>(L::dnormed(k), token_row<Tout>(a.dnormed, n) + column(k));
-        if (a.dresidual.data)
-          ahead.template ask<Tx, V>(L::dresidual(k), token_row<Tx>(a.dresidual, n) + column(k));
+    for (int k = 0; k < K; ++k) {
+      if (column(k) >= a.width) continue;
+      ahead.template ask<Tx, V>(L::x(k), row_at<Tx>(a.x, n) + column(k));
+      ahead.template ask<Tout, V>(L::dnormed(k), row_at<Tout>(a.dnormed, n) + column(k));
+      if (a.dresidual.data)
+        ahead.template ask<Tx, V>(L::dresidual(k), row_at<Tx>(a.dresidual, n) + column(k));
 #pragma unroll
-        for (int b = 0; b < B; ++b)
-          if (a.y[b].data)
-            ahead.template ask<Ty, V>(L::y(k, b), token_row<Ty>(a.y[b], n) + column(k));
-      }
+      for (int b = 0; b < B; ++b)
+        if (a.y[b].data)
+          ahead.template ask<Ty, V>(L::y(k, b), row_at<Ty>(a.y[b], n) + column(k));
     }
-    ahead.end();
   };
 #pragma unroll 1
-  for (int i = 0; i < plan.tokens; ++i) ask(block.start + i);
+  for (int i = 0; i < plan.tokens; ++i) ask(ahead, a, block, block.start + i, rows);
   walk(a.rows, block, change, [&](int position, int64_t n, int64_t row) {
     ahead.wait();
-    const float mean = a.mean ? ahead.statistics()[0] : 0.0f, rstd = ahead.statistics()[1];
+    const float mean = ahead.mean(a), rstd = ahead.rstd();
     Words<Tx, V> xs[K], dresiduals[K] = {};
     Words<Ty, V> ys[K][B] = {};
     Words<Tout, V> dnormed[K];
@@ -129,7 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads<All>, 1) gate_residual_norm_modula
 #pragma unroll
       for (int k = 0; k < K; ++k)
         if (a.dresidual.data) dresiduals[k] = ahead.template take<Tx, V>(L::dresidual(k));
-      ask(position + plan.tokens);
+      ask(ahead, a, block, position + plan.tokens, rows);
     };
     if (!kLate) take_the_rest();
     float xhat[K][V] = {}, h[K][V] = {}, means[2] = {};
@@ -243,15 +238,15 @@ bool needs_all(const Args& a) {
 
 }  // namespace
 
-bool gate_residual_norm_modulate_bwd_holds_row(const Args& a) {
+bool holds_row(const Args& a) {
   const int threads = needs_all(a) ? kMaxThreads<true> : kMaxThreads<false>;
   return a.width <= kElements * threads && inputs_fit(a) &&
          vectors_fit(a.width, a.dresidual, a.dnormed);
 }
 
-void gate_residual_norm_modulate_bwd(const Args& a, Stream stream) {
+void run_backward(const Args& a, Stream stream) {
   const int size = block_tokens(a.tokens);
-  if (!gate_residual_norm_modulate_bwd_holds_row(a)) {
+  if (!holds_row(a)) {
     launch_any(gate_residual_norm_modulate_bwd_means, gate_residual_norm_modulate_bwd_any, a,
                wants_dr(a), size, stream);
   } else {

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gate_residual_norm_modulate_fw
 
 }  // namespace
 
-void gate_residual_norm_modulate_fwd(const GateResidualNormModulateFwd& a, Stream stream) {
+void run_forward(const GateResidualNormModulateFwd& a, Stream stream) {
   const bool vectors = a.width <= kElements * kMaxThreads && inputs_fit(a);
   const dim3 block = row_threads(a.width, kElements, kMaxThreads);
   const dim3 grid(blocks_of(a.tokens, block.y));

@@ -114,6 +114,25 @@ SORA_D float norm_gradient(float rstd, float h, float xhat, const float (&means)
 
 SORA_D float mean_of(const Normed& a, int64_t n) { return a.mean ? a.mean[n] : 0.0f; }
 
+// The row of token n, for a loop over tokens: mostly all of them are one batch.
+template <class T>
+SORA_D const T* row_at(const Tokens& x, int n) {
+  if (n < x.per_batch) return static_cast<const T*>(x.data) + n * x.token_stride;
+  return token_row<T>(x, n);
+}
+
+// Asks for the token at a position of a block, if there is one: rows(n) for its numbers.
+template <int Pieces, class Rows>
+SORA_D void ask(Ahead<Pieces>& ahead, const Normed& a, const TokenBlock& block, int position,
+                Rows rows) {
+  if (position < block.stop) {
+    const int n = static_cast<int>(token_at(a.rows, position));
+    ahead.ask_statistics(a, n);
+    rows(n);
+  }
+  ahead.end();
+}
+
 // visit(position, n, row) for the sorted tokens of a block, and change(before, row) wherever the row
 // changes, -1 at either end. A row ends where the next one begins: maps are asked once per row.
 template <class Change, class Visit>

@@ -24,9 +24,9 @@ struct NormModulateBwd : NormModulate {
 };
 
 // Whether one block of threads takes whole rows in the backward; else it needs `means`.
-bool norm_modulate_bwd_holds_row(const NormModulateBwd& a);
+bool holds_row(const NormModulateBwd& a);
 
-void norm_modulate_fwd(const NormModulateFwd& a, Stream stream);
-void norm_modulate_bwd(const NormModulateBwd& a, Stream stream);
+void run_forward(const NormModulateFwd& a, Stream stream);
+void run_backward(const NormModulateBwd& a, Stream stream);
 
 }  // namespace sora::cuda

@@ -54,27 +54,22 @@ __global__ void __launch_bounds__(kMaxThreads<All>, 1) norm_modulate_bwd_row(
     }
   };
   Ahead<L::kAll> ahead(plan);
-  auto ask = [&](int position) {
-    if (position < block.stop) {
-      const int64_t n = token_at(a.rows, position);
-      ahead.ask_statistics(a.mean ? a.mean + n : nullptr, a.rstd + n);
+  auto rows = [&](int n) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        if (column(k) >= a.width) continue;
-        ahead.template ask<Tin, V>(L::x(k), token_row<Tin>(a.x, n) + column(k));
+    for (int k = 0; k < K; ++k) {
+      if (column(k) >= a.width) continue;
+      ahead.template ask<Tin, V>(L::x(k), row_at<Tin>(a.x, n) + column(k));
 #pragma unroll
-        for (int o = 0; o < O; ++o)
-          if (o < a.outputs)
-            ahead.template ask<Tout, V>(L::dy(k, o), token_row<Tout>(a.dy[o], n) + column(k));
-      }
+      for (int o = 0; o < O; ++o)
+        if (o < a.outputs)
+          ahead.template ask<Tout, V>(L::dy(k, o), row_at<Tout>(a.dy[o], n) + column(k));
     }
-    ahead.end();
   };
 #pragma unroll 1
-  for (int i = 0; i < plan.tokens; ++i) ask(block.start + i);
+  for (int i = 0; i < plan.tokens; ++i) ask(ahead, a, block, block.start + i, rows);
   walk(a.rows, block, change, [&](int position, int64_t n, int64_t) {
     ahead.wait();
-    const float mean = a.mean ? ahead.statistics()[0] : 0.0f, rstd = ahead.statistics()[1];
+    const float mean = ahead.mean(a), rstd = ahead.rstd();
     Words<Tin, V> xs[K];
     Words<Tout, V> dys[K][O];
 #pragma unroll
@@ -83,7 +78,7 @@ __global__ void __launch_bounds__(kMaxThreads<All>, 1) norm_modulate_bwd_row(
 #pragma unroll
       for (int o = 0; o < O; ++o) dys[k][o] = ahead.template take<Tout, V>(L::dy(k, o));
     }
-    ask(position + plan.tokens);
+    ask(ahead, a, block, position + plan.tokens, rows);
     float xhat[K][V] = {}, h[K][V] = {}, means[2] = {};
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -175,16 +170,16 @@ bool needs_all(const Args& a) {
 
 }  // namespace
 
-bool norm_modulate_bwd_holds_row(const Args& a) {
+bool holds_row(const Args& a) {
   const int threads = needs_all(a) ? kMaxThreads<true> : kMaxThreads<false>;
   return a.width <= kElements * threads &&
          vectors_fit(a.width, a.x, a.weight, a.bias, a.scale_table, a.scale[0], a.scale[1], a.dy[0],
                      a.dy[1]);
 }
 
-void norm_modulate_bwd(const Args& a, Stream stream) {
+void run_backward(const Args& a, Stream stream) {
   const int size = block_tokens(a.tokens);
-  if (!norm_modulate_bwd_holds_row(a)) {
+  if (!holds_row(a)) {
     launch_any(norm_modulate_bwd_means, norm_modulate_bwd_any, a, a.dx != nullptr, size, stream);
   } else {
     by_type(a.x.type, a.out_type, [&](auto in, auto out) {

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kAnyThreads, 1) norm_modulate_fwd_any(
 
 }  // namespace
 
-void norm_modulate_fwd(const NormModulateFwd& a, Stream stream) {
+void run_forward(const NormModulateFwd& a, Stream stream) {
   const bool vectors =
       a.width <= kElements * kMaxThreads &&
       vectors_fit(a.width, a.x, a.weight, a.bias, a.shift_table, a.scale_table, a.shift[0],

@@ -105,6 +105,7 @@ struct Group {
     if (!Back || a.norm != kNoNorm)
       piece.fetch(static_cast<const T*>(s.x.data) + x_at + head * s.x.head_stride, x);
     if (Back) piece.fetch(static_cast<const T*>(s.dy.data) + dy_at + head * s.dy.head_stride, dy);
+    if (a.steps == 1 && head + s.slots < s.heads) come_closer(head + s.slots);
     const int weight_row = s.weight.stride ? head : 0;
     if (s.weight.data && weight_held != weight_row) {
       weight_held = weight_row;
@@ -121,6 +122,18 @@ struct Group {
       widen<T, V>(dy[0], g[0]);
       widen<T, V>(dy[1], g[1]);
       turn<T, V, true>(a, piece, cosine, sine, g);
+    }
+  }
+
+  // Has a head brought from memory to the L2 cache while another one is worked on.
+  __device__ void come_closer(int head) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (!piece.here[r]) continue;
+      const int64_t x_head = x_at + head * s.x.head_stride, dy_head = dy_at + head * s.dy.head_stride;
+      if (!Back || a.norm != kNoNorm)
+        prefetch(static_cast<const T*>(s.x.data) + x_head + piece.column[r]);
+      if (Back) prefetch(static_cast<const T*>(s.dy.data) + dy_head + piece.column[r]);
     }
   }
 

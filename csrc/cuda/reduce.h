@@ -11,8 +11,8 @@ constexpr int kSlots = 2;
 
 // One per block: `__shared__ TeamScratch<2> scratch;` for up to two sums at a time.
 template <int N>
-struct TeamScratch {
-  float cell[kSlots][N][kMaxWarps];
+struct alignas(N * sizeof(float)) TeamScratch {
+  float cell[kSlots][kMaxWarps][N];
 };
 
 // Replaces each of N numbers by its sum over the row's threads, all of which get the same bits. Two
@@ -28,13 +28,15 @@ SORA_D void team_sum(float (&v)[N], TeamScratch<N>& scratch, int slot) {
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   if (threadIdx.x % kWarp == 0) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) scratch.cell[slot][j][warp] = v[j];
+    for (int j = 0; j < N; ++j) scratch.cell[slot][warp][j] = v[j];
   }
   __syncthreads();
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    v[j] = scratch.cell[slot][j][0];
-    for (int i = 1; i < warps; ++i) v[j] += scratch.cell[slot][j][i];
+  for (int j = 0; j < N; ++j) v[j] = scratch.cell[slot][0][j];
+#pragma unroll 4
+  for (int i = 1; i < warps; ++i) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] += scratch.cell[slot][i][j];
   }
 }
 

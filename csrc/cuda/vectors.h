@@ -88,6 +88,15 @@ SORA_D Words<T, V> fetch(const T* p) {
   return r;
 }
 
+// Memory that will be read soon.
+SORA_D void prefetch(const void* p) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  (void)p;
+#endif
+}
+
 template <class T, int V>
 SORA_D void widen(const Words<T, V>& r, float (&out)[V]) {
 #pragma unroll
