@@ -166,11 +166,16 @@ def _half_precision(major: int, dim1: int, dim2: int) -> Config:
     elif major == 10:
         fwd = launch("fwd", 128, 128, 8, 2 if wide > 64 else 3)
         dq, dkv = launch("dq", 128, 64), launch("dkv", 32 if wide > 64 else 64, 128)
+        if wide == 128:  # ptxas holds it to 128 registers
+            dq = dq._replace(pointer_stages=1)
     else:
         # Three of heads of 128 take more than the 99 KB of 8.6, 8.9 and 12.0 in the backward.
         stages = 3 if wide <= 96 else 2
         fwd, dq = launch("fwd", 128, 64, 8, 3), launch("dq", 64, 64, 8, stages)
-        dkv = launch("dkv", 32 if dim2 else 64, 64, 8, stages)
+        rows, last = 32 if dim2 else 64, stages
+        if major == 12 and wide > 80:  # else it spills
+            rows, last = 32, 2 if dim2 else 3
+        dkv = launch("dkv", rows, 64, 8, last)
     return Config(fwd, dq, dkv, dim1, dim2)
 
 
