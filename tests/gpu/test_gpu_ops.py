@@ -286,6 +286,57 @@ def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else result
 
 
+LONG = 2**21 + 8  # tokens of 1024 numbers: the last ones lie beyond 2^31
+
+
+LONG_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "norm_modulate": lambda x, v: sk.norm_modulate(x, v, v, per="all"),
+    "gate_residual": lambda x, v: sk.gate_residual(x, x, v, per="all"),
+    "gate_residual_norm_modulate": lambda x, v: sk.gate_residual_norm_modulate(
+        x, x, v, v, v, per="all"
+    )[1],
+    "qk_norm_rope": lambda x, v: sk.qk_norm_rope(
+        x.view(-1, 8, 128), x.view(-1, 8, 128), v[:128], norm="rms"
+    )[0].flatten(1),
+    "bias_gelu": sk.bias_gelu,
+    "guided_step": lambda x, v: sk.guided_step(x, 2 * x, x, dt=-0.1, guidance=3.0),
+}
+
+
+@pytest.mark.parametrize("name", LONG_OPS)
+def test_tokens_beyond_2_to_the_31st_element(name: str) -> None:
+    """The last tokens of a long sequence come out as they do alone, forward and backward."""
+    vector = torch.linspace(-1, 1, 1024, device=DEVICE)
+    tail = randn(8, 1024, dtype=torch.bfloat16).to(DEVICE)
+    results = []
+    for tokens in (LONG, 8):
+        x = torch.zeros(tokens, 1024, dtype=torch.bfloat16, device=DEVICE)
+        x[-8:] = tail
+        x.requires_grad_()
+        y = LONG_OPS[name](x, vector)
+        dy = torch.zeros_like(y)
+        dy[-8:] = tail
+        (dx,) = torch.autograd.grad(y, x, dy)
+        results.append((y[-8:].detach().clone(), dx[-8:].clone()))
+        del x, y, dy, dx
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("norm", ["rms", "l2"])
+def test_video_norm_beyond_2_to_the_31st_element_and_beside_a_nan(norm: str) -> None:
+    """Channels first: the last channel of a long video; a NaN stays in its position, all of it."""
+    length = 2**31 // 15 + 16
+    tail = randn(1, 16, 1, 1, 32, dtype=torch.bfloat16).to(DEVICE)
+    tail[0, 3, 0, 0, 5] = float("nan")
+    x = torch.zeros(1, 16, 1, 1, length, dtype=torch.bfloat16, device=DEVICE)
+    x[..., -32:] = tail
+    y = sk.norm_silu(x, norm=norm)[..., -32:]
+    alone = sk.norm_silu(tail, norm=norm)
+    assert torch.equal(y.nan_to_num(7.0), alone.nan_to_num(7.0))
+    assert torch.equal(y.isnan()[0, :, 0, 0].sum(1), torch.full((16,), 1, device=DEVICE))
+
+
 def test_attention_in_a_pack_has_the_bits_of_the_segment_alone() -> None:
     pack = layout()
     shapes = dict.fromkeys("qkv", (pack.num_tokens, 4, 64))
