@@ -99,6 +99,12 @@ def _modules(op: str) -> tuple[Any, Any, Any]:
     return (config, kernels, kernels_bwd) if op == OPS[0] else (config_w, kernels_w, kernels_bwd_w)
 
 
+def in_use(kernel: Kernel, chip: tuple[int, int]) -> Launch:
+    config = _modules(kernel.op)[0].choose_config(kernel.head_dim, torch.bfloat16, chip)
+    launch: Launch = getattr(config, kernel.kind)
+    return launch
+
+
 class Bench:
     """One kernel on one sequence: `run(launch)` is a call by that launch."""
 
@@ -208,8 +214,9 @@ def tune(pattern: str | None, seconds: float, jobs: int) -> list[dict[str, Any]]
     end = time.monotonic() + seconds
     rows: list[dict[str, Any]] = []
     chosen = kernels(pattern)
-    lists = {k: candidates(k, bench(k, SMALL).now) for k in chosen}
-    pairs = [(k, launch) for k in chosen for launch in lists[k]]
+    chip = torch.cuda.get_device_capability()
+    lists = {k: candidates(k, in_use(k, chip)) for k in chosen}
+    pairs = [(k, launch) for k in chosen for launch in (in_use(k, chip), *lists[k])]
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         pool = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=context))
@@ -258,8 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if options.list:
         for kernel in chosen:
-            config = _modules(kernel.op)[0].choose_config(kernel.head_dim, torch.bfloat16, (9, 0))
-            now = getattr(config, kernel.kind)
+            now = in_use(kernel, (9, 0))
             print(f"{kernel.name}: on sm_90 {shown(now)}")
             for launch in candidates(kernel, now):
                 print(f"  {shown(launch)}")
