@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from math import gcd
 from typing import TYPE_CHECKING
 
 import triton
@@ -17,17 +18,44 @@ if TYPE_CHECKING:
     from ...aot import AotCase
 
 
-@triton.jit(do_not_specialize=["first", "grid_t", "grid_h", "grid_w", "tile_t", "tile_h", "tile_w"])
+@triton.jit
+def _patch_rows(
+    row, i, j, stride_c, stride_t, stride_h, PT: tl.constexpr, PH: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """Where rows (c, a, b) of the patches of grid row (i, j) begin. Strides in units of UNIT."""
+    b = row % PH
+    a = row // PH % PT
+    c = (row // (PH * PT)).to(tl.int64)
+    return (c * stride_c + (i * PT + a) * stride_t + (j * PH + b) * stride_h) * UNIT
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first",
+        "grid_t",
+        "grid_h",
+        "grid_w",
+        "units_w",
+        "tile_t",
+        "tile_h",
+        "tile_w",
+    ]
+)
 def _patchify_kernel(
-    video_ptr, tokens_ptr, first, channels, grid_t, grid_h, grid_w, tile_t, tile_h, tile_w,
+    video_ptr, tokens_ptr, first, channels, grid_t, grid_h, grid_w, units_w,
+    tile_t, tile_h, tile_w,
     stride_c, stride_t, stride_h, stride_w, stride_n,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, TO_TOKENS: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_F: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """tokens[first + place(i, j, k), (c, a, b, d)] <-> video[c, i*PT + a, j*PH + b, k*PW + d].
 
     One program takes BLOCK_W tokens of one (i, j) row. `place` is the closed form of tile order
-    (`sora_kernels.packing.tiles`); a tile as large as the grid is raster order.
+    (`sora_kernels.packing.tiles`); a tile as large as the grid is raster order. A tile is read and
+    written each time along what is contiguous there, and transposed in between. A video's width and
+    strides come in units of UNIT numbers: Triton knows that 13 * 8 is a multiple of 8, not that 104
+    is.
     """
     pid = tl.program_id(0).to(tl.int64)
     blocks_w = tl.cdiv(grid_w, BLOCK_W)
@@ -44,18 +72,32 @@ def _patchify_kernel(
     place += ((i - t0) * tb + (j - h0)) * tc + (k - w0)
 
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    d = f % PW
-    b = f // PW % PH
-    a = f // (PW * PH) % PT
-    c = (f // (PW * PH * PT)).to(tl.int64)
-    mask = (k < grid_w)[:, None] & (c < channels)[None, :]
     tokens = tokens_ptr + (first + place)[:, None] * stride_n + f[None, :]
-    feature = c * stride_c + (i * PT + a) * stride_t + (j * PH + b) * stride_h + d * stride_w
-    pixels = video_ptr + (k * PW * stride_w)[:, None] + feature[None, :]
-    if TO_TOKENS:
-        tl.store(tokens, tl.load(pixels, mask=mask, other=0.0), mask=mask)
+    inside = (k < grid_w)[:, None] & (f < channels * PT * PH * PW)[None, :]
+    if (
+        PW & (PW - 1) or PW > BLOCK_F
+    ):  # no tile of whole patch rows: a token's features, pixel by pixel
+        at = _patch_rows(f // PW, i, j, stride_c, stride_t, stride_h, PT, PH, UNIT)
+        pixels = video_ptr + (k * PW * stride_w)[:, None] + (at + f % PW * stride_w)[None, :]
+        if TO_TOKENS:
+            tl.store(tokens, tl.load(pixels, mask=inside, other=0.0), mask=inside)
+        else:
+            tl.store(pixels, tl.load(tokens, mask=inside, other=0.0), mask=inside)
     else:
-        tl.store(pixels, tl.load(tokens, mask=mask, other=0.0), mask=mask)
+        rows: tl.constexpr = BLOCK_F // PW
+        row = tl.program_id(1) * rows + tl.arange(0, rows)
+        column = (pid % blocks_w * BLOCK_W * PW) + tl.arange(0, BLOCK_W * PW)
+        at = _patch_rows(row, i, j, stride_c, stride_t, stride_h, PT, PH, UNIT)
+        pixels = video_ptr + at[:, None] + (column * stride_w)[None, :]
+        visible = (row < channels * PT * PH)[:, None] & (column < units_w * UNIT)[None, :]
+        if TO_TOKENS:
+            value = tl.load(pixels, mask=visible, other=0.0)
+            value = tl.permute(tl.reshape(value, [rows, BLOCK_W, PW]), [1, 0, 2])
+            tl.store(tokens, tl.reshape(value, [BLOCK_W, BLOCK_F]), mask=inside)
+        else:
+            value = tl.load(tokens, mask=inside, other=0.0)
+            value = tl.permute(tl.reshape(value, [BLOCK_W, rows, PW]), [1, 0, 2])
+            tl.store(pixels, tl.reshape(value, [rows, BLOCK_W * PW]), mask=visible)
 
 
 def _copy(
@@ -70,11 +112,13 @@ def _copy(
         t, h, w = grids[3 * n : 3 * n + 3]
         config = choose_config(w, tokens.shape[1], chip_of(tokens))
         rows = t * h * cdiv(w, config.block_w)
+        c_stride, t_stride, h_stride, w_stride = video.stride()
+        unit = gcd(8, c_stride, t_stride, h_stride, w * pw)
         launch(
             _patchify_kernel, (rows, cdiv(tokens.shape[1], config.block_f)), tokens.device,
-            video, tokens, first, channels, t, h, w, *tiles[3 * n : 3 * n + 3],
-            *video.stride(), tokens.stride(0),
-            PT=pt, PH=ph, PW=pw, TO_TOKENS=to_tokens,
+            video, tokens, first, channels, t, h, w, w * pw // unit, *tiles[3 * n : 3 * n + 3],
+            c_stride // unit, t_stride // unit, h_stride // unit, w_stride, tokens.stride(0),
+            PT=pt, PH=ph, PW=pw, TO_TOKENS=to_tokens, UNIT=unit,
             BLOCK_W=config.block_w, BLOCK_F=config.block_f,
             num_warps=config.num_warps, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
@@ -103,15 +147,13 @@ def backward(
 
 
 def aot_cases() -> list[AotCase]:
-    """Both directions at the patches of real models.
-
-    Not held to 16-byte accesses: a patch row is pw elements, 4 bytes of a bf16 latent, and that is
-    all a video has in one piece. The tokens' side is contiguous.
-    """
+    """Both directions at the patches of real models."""
     from ...aot import AotCase
 
     pointers = {"video_ptr": "*bf16", "tokens_ptr": "*bf16"}
-    names = [n for n in _patchify_kernel.arg_names if n.islower() and n not in pointers]
+    names = [
+        n for n in _patchify_kernel.arg_names if n.islower() and n not in (*pointers, "stride_w")
+    ]
     cases = []
     shapes = (("latent_1x2x2", 16, (1, 2, 2)), ("pixels_1x16x16", 3, (1, 16, 16)))
     for (name, channels, (pt, ph, pw)), to_tokens in product(shapes, (True, False)):
@@ -126,12 +168,13 @@ def aot_cases() -> list[AotCase]:
                     "PH": ph,
                     "PW": pw,
                     "TO_TOKENS": to_tokens,
+                    "UNIT": 8,
+                    "stride_w": 1,
                     "BLOCK_W": config.block_w,
                     "BLOCK_F": config.block_f,
                 },
                 num_warps=config.num_warps,
-                memory_bound=False,
-                divisible=(*pointers, "stride_c", "stride_t", "stride_n"),
+                divisible=(*pointers, "stride_n", *(["channels"] if channels % 16 == 0 else [])),
                 enable_fp_fusion=False,
             )
         )
