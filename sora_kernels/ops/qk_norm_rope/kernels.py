@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import launch
 from .config import chip_of, tile
 from .device import (
     BEFORE_ROPE,
@@ -143,10 +144,9 @@ def launch_forward(
     blocks = triton.cdiv(hq, cfg.heads) + (triton.cdiv(hk, cfg.heads) if k else 0)
     k = k or q
     grid = (triton.cdiv(max(q.tokens, k.tokens), cfg.tokens), blocks)
-    if 0 in grid:
-        return
     unit = unit_of(q.strides, k.strides)
-    qk_norm_rope_fwd_kernel[grid](
+    launch(
+        qk_norm_rope_fwd_kernel, grid, q.x.device,
         q.x, k.x, q.weight, k.weight, q.bias, k.bias, *q.tables, *k.tables, index, q.y, k.y,
         q.tokens, k.tokens, q.length, k.length, *q.rope_sizes, *k.rope_sizes,
         *(s // unit for group in (q.strides, k.strides) for s in group),

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import launch
 from .config import backward_steps, chip_of, tile
 from .device import (
     LAYER,
@@ -193,7 +194,8 @@ def launch_backward(
     for side, first, count in launches:
         if not any(side.wanted) or not programs or not count:
             continue
-        qk_norm_rope_bwd_kernel[(programs, count)](
+        launch(
+            qk_norm_rope_bwd_kernel, (programs, count), q.x.device,
             *dys, q.x, k.x, q.weight, k.weight, *q.tables, *k.tables, index,
             *dxs, *partials,
             first, q.tokens, k.tokens, length_of(dys[0]), length_of(dys[1]), q.length, k.length,
