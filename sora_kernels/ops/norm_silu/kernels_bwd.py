@@ -248,12 +248,13 @@ def aot_cases_bwd() -> list[AotCase]:
 
 def _rms_case(width: int, last: bool = True) -> AotCase:
     tile = config.rms(width, last, backward=True)
+    constants: dict[str, object] = {"bias_ptr": None, "SILU": True, "NEEDS": DX | DWEIGHT}
+    constants["STAGES"] = config.stages(tile, 2, 2)
     return case(
         f"rms_bwd_c{width}", _rms_bwd_kernel, tile, last,
         "dy_ptr x_ptr weight_ptr dx_ptr", "rstd_ptr partial_ptr",
         "frames length width blocks chunk",
-        {"bias_ptr": None, "SILU": True, "NEEDS": DX | DWEIGHT}
-        | {"STAGES": config.stages(tile, 2, 2)},
+        constants,
     )  # fmt: skip
 
 
