@@ -71,8 +71,10 @@ __global__ void __launch_bounds__(kMaxThreads<All>, 1) gate_residual_norm_modula
     const __grid_constant__ Args a, int size, const __grid_constant__ AheadPlan plan) {
   using L = Layout<Tx, Ty, Tout, All>;
   constexpr int V = L::V, K = L::K, B = L::B;
-  // Eight fp32 numbers of the upstream gradient do not fit in registers until the sums are made.
-  constexpr bool kLate = sizeof(Tx) == 4 && V == 8;
+  // Registers that do not hold the upstream gradient until the sums are made: 96 do for bf16 alone,
+  // 168 not beside eight fp32 numbers. It is then read later, and so is the next token asked for.
+  constexpr bool kLate = All ? sizeof(Tx) == 4 && V == 8 : !std::is_same_v<Tx, bf16>;
+  static_assert(kThreadBytes<L::kAll> * kMaxThreads<All> <= kAllShared);
   __shared__ TeamScratch<2> scratch;
   const TokenBlock block = token_block(team_number(), a.tokens, size);
   if (block.start == block.stop) return;

@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kMaxThreads<All>, 1) norm_modulate_bwd_row(
     const __grid_constant__ Args a, int size, const __grid_constant__ AheadPlan plan) {
   using L = Layout<Tin, Tout, All>;
   constexpr int V = L::V, K = L::K, O = L::O;
+  static_assert(kThreadBytes<L::kAll> * kMaxThreads<All> <= kAllShared);
   __shared__ TeamScratch<2> scratch;
   const TokenBlock block = token_block(team_number(), a.tokens, size);
   if (block.start == block.stop) return;
