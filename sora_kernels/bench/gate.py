@@ -3,8 +3,9 @@
 Both checkouts run the same script in turn (A B B A A B ...), each time in a process of its own, so
 that they share the machine's good and bad minutes; with `--turns` both at once, measuring in turn,
 so that they share its milliseconds. The script prints one JSON object,
-`{"name": milliseconds, ...}`, as its last line and may time anything; what is compared is the ratio
-head over base within each pair of neighbours. The gate fails when, for some name, even the lower
+`{"name": milliseconds, ...}`, as its last line and may time anything; a list of milliseconds is
+taken in turn with the other checkout's. What is compared is the ratio head over base within each
+pair of neighbours. The gate fails when, for some name, even the lower
 end of the ratio's interval is over the threshold. The intervals hold together: the more names, the
 wider each, so that on equal checkouts one in forty runs fails at most, however noisy the machine.
 See docs/ci.md for its use by another project.
@@ -26,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .schema import write_text
@@ -35,7 +37,7 @@ from .turns import REFEREE, referee
 WRONG = 0.05
 """Probability that any of the intervals misses its ratio; half of it, that one lies above."""
 
-Times = Mapping[str, float]
+Times = Mapping[str, Sequence[float]]
 
 
 class Failed(Exception):
@@ -119,13 +121,16 @@ def times_of(folder: Path, code: int, output: str, errors: str) -> Times:
         last = (errors.strip().splitlines() or ["no message"])[-1]
         raise Failed(f"{folder}: exit code {code}: {last}")
     try:
-        times = json.loads(output.strip().splitlines()[-1])
-        if not times or not all(float(ms) > 0 for ms in times.values()):
+        printed = json.loads(output.strip().splitlines()[-1])
+        times = {
+            n: list(map(float, ms if isinstance(ms, list) else [ms])) for n, ms in printed.items()
+        }
+        if not times or not all(ms and min(ms) > 0 for ms in times.values()):
             raise ValueError("no times above 0")
     except (ValueError, IndexError, AttributeError, TypeError):
         expected = 'expected {"name": milliseconds, ...} as the last line of the output'
         raise Failed(f"{folder}: {expected}") from None
-    return {name: float(ms) for name, ms in times.items()}
+    return times
 
 
 def shared(pairs: Sequence[tuple[Times, Times]]) -> list[str]:
@@ -166,12 +171,18 @@ def interleave(
     return pairs
 
 
+def slowdown(base: Sequence[float], head: Sequence[float]) -> float:
+    """head / base of one round: the median over calls that were neighbours."""
+    return median(after / before for before, after in zip(base, head, strict=False))
+
+
 def ratios(pairs: Sequence[tuple[Times, Times]]) -> dict[str, Interval]:
     """head / base by name, over the pairs; with 95% all intervals hold."""
     names = shared(pairs)
     confidence = 1 - WRONG / len(names)
     return {
-        n: median_interval([head[n] / base[n] for base, head in pairs], confidence) for n in names
+        n: median_interval([slowdown(base[n], head[n]) for base, head in pairs], confidence)
+        for n in names
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks.gate
-from sora_kernels.bench.gate import Failed, main, ratios, rounds_for, run_both, slower
+from sora_kernels.bench.gate import Failed, main, ratios, rounds_for, run_both, slowdown, slower
 from sora_kernels.bench.turns import REFEREE, referee, turn
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def test_more_names_take_more_rounds_and_wider_intervals(
     """Twenty names of a noisy machine: together they fail equal checkouts no more than one does."""
     assert [rounds_for(names) for names in (1, 2, 20)] == [6, 7, 10]
     assert rounds_for(1, outliers=1) == 9
-    lucky = [({"a": 1.0}, {"a": 1.2})] * 9 + [({"a": 1.0}, {"a": 0.9})]
+    lucky = [({"a": [1.0]}, {"a": [1.2]})] * 9 + [({"a": [1.0]}, {"a": [0.9]})]
     many = [[dict.fromkeys("abcdefghijklmnopqrst", x["a"]) for x in pair] for pair in lucky]
     assert slower(ratios(lucky), 5.0) == ["a"]
     assert not slower(ratios([(base, head) for base, head in many]), 5.0)
@@ -74,9 +74,15 @@ def test_more_names_take_more_rounds_and_wider_intervals(
 
 
 def test_a_wide_interval_does_not_fail() -> None:
-    noisy = [({"a": 1.0}, {"a": ratio}) for ratio in (0.9, 1.0, 1.2, 1.3, 1.4, 1.5)]
+    noisy = [({"a": [1.0]}, {"a": [ratio]}) for ratio in (0.9, 1.0, 1.2, 1.3, 1.4, 1.5)]
     assert not slower(ratios(noisy), 5.0)
-    assert slower(ratios([({"a": 1.0}, {"a": 1.2})] * 6), 5.0) == ["a"]
+    assert slower(ratios([({"a": [1.0]}, {"a": [1.2]})] * 6), 5.0) == ["a"]
+
+
+def test_a_round_is_the_median_of_neighbouring_calls() -> None:
+    """A machine that is half as fast from the second call on slows both."""
+    base, head = [1.0, 2.0, 2.0, 2.0, 2.0], [1.1, 2.2, 9.0, 2.2, 2.2]
+    assert slowdown(base, head) == pytest.approx(1.1)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +117,7 @@ def test_our_own_ops_are_what_is_timed_unless_told_otherwise(
 
     def interleaved(base: Path, head: Path, command: object, *rest: object) -> list:
         ran.append(command)
-        return [({"op": 1.0}, {"op": 1.0})] * 6
+        return [({"op": [1.0]}, {"op": [1.0]})] * 6
 
     monkeypatch.setattr("sora_kernels.bench.gate.interleave", interleaved)
     assert benchmarks.gate.main(["--base", str(ROOT), "--head", str(tmp_path)]) == 0
@@ -166,8 +172,8 @@ def test_both_checkouts_run_at_once_and_measure_in_turn(tmp_path: Path) -> None:
         script = TURNS.format(turns=str(ROOT / "sora_kernels" / "bench" / "turns.py"))
         (folder / "timed.py").write_text(script)
     command = shlex.split(f"{PYTHON} timed.py")
-    assert run_both(folders, command, 30) == [{"a": 1.0}] * 2
-    assert run_both(folders[::-1], command, 30) == [{"a": 1.0}] * 2
+    assert run_both(folders, command, 30) == [{"a": [1.0]}] * 2
+    assert run_both(folders[::-1], command, 30) == [{"a": [1.0]}] * 2
     assert (tmp_path / "log").read_text().split() == ["base", "head"] * 4 + ["head", "base"] * 4
     (folders[1] / "timed.py").write_text("1/0")
     with pytest.raises(Failed, match="head: exit code 1: ZeroDivisionError"):
@@ -221,6 +227,7 @@ def test_our_own_cases_print_a_time_for_each_op_and_shape(
     assert gate_cases.main(["patchify/*"]) == 0
     times = json.loads(capsys.readouterr().out)
     assert list(times) == ["patchify/fwd/16x4x16x32", "patchify/bwd/16x4x16x32"]
+    assert all(len(ms) == gate_cases.ROUNDS for ms in times.values())
 
 
 def test_the_ten_lines_of_the_documentation_gate_another_project(tmp_path: Path) -> None:
