@@ -109,6 +109,19 @@ WORLDS: dict[str, WorldConfig] = {
         frames=((9, 0.78), (1, 0.10), (5, 0.04), (13, 0.04), (17, 0.04)),
         backgrounds=(("black", 0.5), ("gray", 0.25), ("white", 0.25)),
     ),
+    # What the former two leave for last: more bounces, two objects, larger canvases, longer clips.
+    "broad": WorldConfig(
+        kinds=(
+            ("one", 0.75), ("still", 0.03), ("bounce", 0.10), ("exit", 0.02),
+            ("two", 0.08), ("camera", 0.02),
+        ),
+        sizes=(
+            ((32, 32), 0.46), ((32, 48), 0.14), ((48, 32), 0.11), ((40, 40), 0.05),
+            ((48, 48), 0.10), ((32, 64), 0.07), ((64, 32), 0.07),
+        ),
+        frames=((9, 0.70), (1, 0.06), (5, 0.03), (13, 0.14), (17, 0.07)),
+        backgrounds=(("black", 0.5), ("gray", 0.25), ("white", 0.25)),
+    ),
     # Everything the world can show; for hardware that can learn it.
     "rich": WorldConfig(
         kinds=(
@@ -229,6 +242,11 @@ MODES: dict[str, Weights] = {
     ),
 }  # fmt: skip
 MODES["all-and-loops"] = (*((name, 0.75 * share) for name, share in MODES["all"]), ("loop", 0.25))
+# Half is continued or goes in a circle: what must be exact where it meets others is learnt last.
+MODES["seams"] = (
+    ("none", 0.42), ("image", 0.10), ("forward", 0.15), ("backward", 0.11),
+    ("connect", 0.05), ("fill", 0.05), ("frame", 0.02), ("loop", 0.10),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -309,6 +327,26 @@ TRAININGS["tiny-loops"] = dataclasses.replace(
     warmup=50,
     modes="all-and-loops",
     seed=5,
+)
+# And that one with seams, bounces and larger canvases.
+TRAININGS["tiny-seams"] = dataclasses.replace(
+    TRAININGS["tiny-modes"],
+    world="broad",
+    clips=20480,
+    tokens=2048,
+    steps=5500,
+    modes="seams",
+    seed=6,
+)
+# The end of that one, on new clips.
+TRAININGS["tiny-end"] = dataclasses.replace(
+    TRAININGS["tiny-seams"],
+    clips=8192,
+    steps=1400,
+    learning_rate=7e-4,
+    muon=0.007,
+    warmup=30,
+    seed=7,
 )
 TRAININGS["tiny-window"] = dataclasses.replace(TRAININGS["tiny"], dit="tiny-window")
 TRAININGS["tiny-minilm"] = dataclasses.replace(TRAININGS["tiny"], dit="tiny-minilm")
