@@ -1,7 +1,8 @@
 """A page of all committed results: `python -m benchmarks.report -o DIR`.
 
 Writes `index.html`, which needs nothing but itself, and the same pictures as PNG files beside it.
-Everything on it comes from the JSON files under `benchmarks/results/<gpu or cpu>/`.
+Everything on it comes from the JSON files under `benchmarks/results/<gpu or cpu>/`; what is missing
+there is said in a sentence.
 """
 
 from __future__ import annotations
@@ -24,6 +25,28 @@ from .windows import plot as plot_windows
 
 RESULTS = Path(__file__).parent / "results"
 OTHERS = ("plain", "compile")
+SUITES = ("ops", "block", "e2e", "dropin")
+"""What `benchmarks/gpu_lane.sh` measures on a GPU."""
+BESIDE = ("lane", "info", "ceilings", "tune_attention")
+"""Files of the lane that are no reports."""
+NO_LIBRARY = (
+    "compile",
+    "patched_compile",
+    "copy",
+    "bare",
+    "padded",
+    "per_tile",
+    "cuda",
+    "pointers",
+)
+"""Providers that are other forms of plain PyTorch or of ours, or less work."""
+PEER = "peer"
+RIVALS = {
+    "plain": ("plain PyTorch", COLOURS["plain"]),
+    "compile": ("torch.compile", COLOURS["compile"]),
+    PEER: ("the fastest other library", OTHER_COLOURS[1]),
+}
+MARKERS = {"fwd": "o", "bwd": "^", "fwd+bwd": "s"}
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 FINE = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.6, 1.8, 2)  # where all lies within 4 times
 Report = Mapping[str, Any]
@@ -67,22 +90,37 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
+def peers_of(row: Row) -> dict[str, Any]:
+    """Paired ratios against libraries."""
+    paired = row.get("paired", {}).items()
+    return {n: r for n, r in paired if n not in NO_LIBRARY and not n.startswith("plain")}
+
+
+def rivals_of(row: Row) -> dict[str, Any]:
+    """The ratios that are drawn: against plain PyTorch, torch.compile, and the fastest library."""
+    paired = row.get("paired", {})
+    found = {other: paired[other] for other in OTHERS if other in paired}
+    if peers := peers_of(row):
+        found[PEER] = min(peers.values(), key=lambda ratio: ratio["median"])
+    return found
+
+
 def speedups(report: Report, path: Path) -> Path | None:
     """Paired ratios with their intervals, one line per case and rival, on a logarithmic axis."""
-    rows = [r for r in ours_of(report) if set(OTHERS) & set(r.get("paired", {}))]
+    rows = [r for r in ours_of(report) if rivals_of(r)]
     if not rows:
         return None
-    others = [other for other in OTHERS if any(other in row["paired"] for row in rows)]
-    offsets = (-0.16, 0.16) if len(others) == 2 else (0.0,)
-    figure, axes = _figure(9, 1.1 + 0.26 * len(rows))
+    others = [other for other in RIVALS if any(other in rivals_of(row) for row in rows)]
+    height = 0.8 / max(2.6, len(others))
+    figure, axes = _figure(9, 1.1 + (0.2 + 0.03 * len(others)) * len(rows))
     for position, row in enumerate(rows):
-        for offset, other in zip(offsets, others, strict=True):
-            ratio = row["paired"].get(other)
+        for turn, other in enumerate(others):
+            ratio = rivals_of(row).get(other)
             if ratio is None:
                 continue
-            colour = COLOURS[other]
-            at = position + offset
-            axes.barh(at, ratio["median"] - 1, left=1, height=0.3, color=colour)
+            colour = RIVALS[other][1]
+            at = position + (turn - (len(others) - 1) / 2) * 1.07 * height
+            axes.barh(at, ratio["median"] - 1, left=1, height=height, color=colour)
             axes.plot([ratio["low"], ratio["high"]], [at, at], color="#24292f", linewidth=0.9)
     axes.set_xscale("log", base=2)
     low, high = axes.get_xlim()
@@ -93,10 +131,10 @@ def speedups(report: Report, path: Path) -> Path | None:
     axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=6.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("times as fast, with the 95% interval of the paired ratio", fontsize=8)
-    handles = [axes.barh(0, 0, color=COLOURS[other]) for other in others]
-    names = ["than " + {"plain": "plain PyTorch"}.get(o, f"torch.{o}") for o in others]
+    handles = [axes.barh(0, 0, color=RIVALS[other][1]) for other in others]
+    names = [f"than {RIVALS[other][0]}" for other in others]
     axes.legend(
-        handles, names, fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="lower right", ncols=2
+        handles, names, fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="lower right", ncols=3
     )
     return save(figure, path)
 
@@ -107,27 +145,48 @@ def roofline(report: Report, path: Path) -> Path | None:
     if not rows:
         return None
     ceilings = report["ceilings"]
+    by_dtype = ceilings.get("matmul_tflops_by_dtype") or {"fp32": ceilings["matmul_tflops"]}
+    unit, scale = ("TFLOP/s", 1.0) if max(by_dtype.values()) >= 1 else ("GFLOP/s", 1e3)
     figure, axes = _figure(7.5, 5)
     intensity = [r["flops"] / r["bytes"] for r in rows]
-    span = (min(intensity) / 2, max(intensity) * 4)
-    by_dtype = ceilings.get("matmul_tflops_by_dtype") or {"fp32": ceilings["matmul_tflops"]}
+    corners = {dtype: 1e3 * peak / ceilings["copy_gbps"] for dtype, peak in by_dtype.items()}
+    ends = min(*intensity, *corners.values()) / 3, max(*intensity, *corners.values()) * 3
     styles = {"fp32": "-", "bf16": "--", "fp16": ":"}
     for dtype, peak in by_dtype.items():
-        corner = 1e3 * peak / ceilings["copy_gbps"]
-        points = sorted({span[0], corner, max(span[1], 2 * corner)})
-        rates = [min(peak, x * ceilings["copy_gbps"] / 1e3) for x in points]
-        axes.loglog(points, rates, styles[dtype], color="#57606a", linewidth=0.9, label=dtype)
+        points = (ends[0], corners[dtype], ends[1])
+        rates = [scale * min(peak, x * ceilings["copy_gbps"] / 1e3) for x in points]
+        name = f"copy and matrix rate, {dtype}"
+        axes.loglog(points, rates, styles[dtype], color="#57606a", linewidth=0.9, label=name)
     palette = (*OTHER_COLOURS, *COLOURS.values(), "#bc4c00", "#4c2889", "#116329")
     for index, op in enumerate(dict.fromkeys(r["op"] for r in rows)):
-        mine = [r for r in rows if r["op"] == op]
-        x = [r["flops"] / r["bytes"] for r in mine]
         colour = palette[index % len(palette)]
-        axes.loglog(x, [r["tflops"] for r in mine], "o", color=colour, markersize=4.5, label=op)
-    axes.set_xlabel("FLOP per byte of the least traffic", fontsize=8)
-    axes.set_ylabel("TFLOP/s", fontsize=8)
+        axes.plot([], [], "o", color=colour, markersize=4.5, label=op)
+        for row in (r for r in rows if r["op"] == op):
+            axes.loglog(
+                row["flops"] / row["bytes"], scale * row["tflops"], MARKERS[row["mode"]],
+                color=colour, markersize=4.5,
+                markerfacecolor=colour if row["dtype"] == "fp32" else "none",
+            )  # fmt: skip
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    if ends_within(axes.get_ylim()):
+        axes.yaxis.set_minor_formatter(
+            lambda value, _: f"{value:g}" if f"{value:g}"[0] in "235" else ""
+        )
+    axes.tick_params(which="minor", labelsize=7)
+    axes.set_xlabel(
+        "FLOP per byte of the least traffic (circle forward, triangle backward, square both; "
+        "hollow: 16 bits)", fontsize=8,
+    )  # fmt: skip
+    axes.set_ylabel(unit, fontsize=8)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=6.5, frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     return save(figure, path)
+
+
+def ends_within(limits: tuple[float, float]) -> bool:
+    """Whether powers of ten alone would label such an axis too sparsely."""
+    return limits[1] < 50 * limits[0]
 
 
 def memory(report: Report, path: Path) -> Path | None:
@@ -140,9 +199,12 @@ def memory(report: Report, path: Path) -> Path | None:
     for position, row in enumerate(rows):
         share = 100 * row["peak_mem_mb"] / plain[_case(row)]
         axes.barh(position, share, height=0.7, color=COLOURS[OURS])
-        text = f" {share:.0f}% of {plain[_case(row)]:,.0f} MB"
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-        axes.text(share, position, text, va="center", fontsize=6, bbox=box, zorder=3)
+        text = f" {share:.0f}% of {plain[_case(row)]:,.0f} MB "
+        inside = share > 45  # beside the line at 100, not across it
+        axes.text(
+            share, position, text, va="center", fontsize=6,
+            ha="right" if inside else "left", color="white" if inside else "black",
+        )  # fmt: skip
     axes.axvline(100, color="#57606a", linewidth=0.8, zorder=1)
     axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=6.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -163,18 +225,26 @@ def _against(row: Row, other: str) -> str:
     return f"<td{lost}>{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]</td>"
 
 
+def _against_others(row: Row) -> str:
+    """Every further provider by name."""
+    others = [name for name in row.get("paired", {}) if name not in OTHERS]
+    cells = [f"<th>{html.escape(name)}</th>{_against(row, name)}" for name in others]
+    return f"<td><table><tr>{'</tr><tr>'.join(cells)}</tr></table></td>" if cells else "<td>-</td>"
+
+
 def rows_table(report: Report) -> str:
     """Every row of ours; red where a rival is faster beyond doubt."""
+    more = any(set(row.get("paired", {})) - set(OTHERS) for row in ours_of(report))
     lines = [
         "<tr><th>case</th><th>ms</th><th>of floor</th><th>GB/s</th><th>peak MB</th>"
-        "<th>faster than plain</th><th>than compile</th></tr>"
+        "<th>faster than plain</th><th>than compile</th>" + ("<th>than</th>" if more else "")
     ]
     for row in ours_of(report):
         lines.append(
             f"<tr><td>{html.escape(label(row))}</td><td>{row['p50_ms']:.2f}</td>"
             f"<td>{100 * row['roofline']:.0f}%</td><td>{row['gbps']:.1f}</td>"
             f"<td>{row['peak_mem_mb']:.1f}</td>{_against(row, 'plain')}{_against(row, 'compile')}"
-            "</tr>"
+            + (_against_others(row) if more else "")
         )
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
@@ -194,18 +264,38 @@ PICTURES = {
     "memory": ("Memory", memory),
     "predicted": ("Predicted against measured", _predicted),
 }
+WITHOUT = {
+    "speedup": "no row was timed beside plain PyTorch or torch.compile",
+    "roofline": "no row does arithmetic",
+    "memory": "no row has the memory of plain PyTorch beside ours",
+    "predicted": "the static model knows no kernel of these rows",
+    "scaling": "no row",
+}
+
+
+def heading(place: str, name: str) -> str:
+    return (
+        f'<h2 id="{html.escape(place)}-{html.escape(name)}">{html.escape(f"{place}: {name}")}</h2>'
+    )
 
 
 def section(place: str, name: str, report: Report, out: Path) -> str:
     """One result file: its pictures, written to `out`, and its table."""
     pictures = {"scaling": ("Time over tokens", _scaling)} if name == "windows" else PICTURES
-    parts = [f"<h2>{html.escape(place)}: {html.escape(name)}</h2>"]
+    parts = [heading(place, name)]
     parts.append(f'<p class="note">{html.escape(caption(report))}</p>')
     for kind, (title, draw) in pictures.items():
         if kind == "predicted" and name != "ops":
             continue
-        path = draw(report, out / f"{place}-{name}-{kind}.png")
-        if path is not None:
+        path, reason = None, WITHOUT[kind]
+        try:
+            path = draw(report, out / f"{place}-{name}-{kind}.png")
+        except ValueError as error:  # a GPU, or a kernel, that the static model does not know
+            reason = str(error)
+        if path is None:
+            text = html.escape(f"{title}: nothing to draw, {reason}.")
+            parts.append(f'<p class="note">{text}</p>')
+        else:
             data = base64.b64encode(path.read_bytes()).decode()
             parts.append(f'<h3>{title}</h3><img alt="{title}" src="data:image/png;base64,{data}">')
     if name != "windows":
@@ -224,30 +314,62 @@ def sizes_section(place: str, found: Report) -> str:
         for row in found["rows"]
     ]
     return (
-        f'<h2>{html.escape(place)}: sizes</h2><p class="note">{html.escape(note)}</p>'
+        f'{heading(place, "sizes")}<p class="note">{html.escape(note)}</p>'
         f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
     )
 
 
+def missing(places: Mapping[str, Sequence[str]]) -> str:
+    """What no GPU has measured yet, in a sentence each."""
+    lane = "<code>benchmarks/gpu_lane.sh --out DIR</code> measures"
+    gpus = {place: names for place, names in places.items() if place != "cpu"}
+    if not gpus:
+        return (
+            '<h2 id="gpu">GPU: not measured</h2><p>No result of a GPU is committed: '
+            f"{', '.join(SUITES)} are missing, and with them the static model's prediction against "
+            f"a measurement. {lane} them on a machine that has one; its reports belong in "
+            "<code>benchmarks/results/NAME/</code>.</p>"
+        )
+    absent = {
+        p: [s for s in SUITES if not any(n.startswith(s) for n in ns)] for p, ns in gpus.items()
+    }
+    return "".join(
+        f"<p>Not measured on {html.escape(place)} yet: {', '.join(names)}. {lane} them.</p>"
+        for place, names in absent.items()
+        if names
+    )
+
+
+def order(path: Path) -> tuple[Any, ...]:
+    """The CPU first, then by name; within a place the suites as they build on each other."""
+    place, name = path.parent.name, path.stem
+    rank = next((i for i, suite in enumerate(SUITES) if name.startswith(suite)), len(SUITES))
+    return place != "cpu", place, rank, name
+
+
 def build(results: Path, out: Path) -> Path:
     """The page from every `<place>/<suite>.json` under `results`; ValueError if there is none."""
-    files = sorted(results.glob("*/*.json"))
+    files = [p for p in sorted(results.glob("*/*.json"), key=order) if p.stem not in BESIDE]
     if not files:
         raise ValueError(f"--results: expected <gpu>/<suite>.json files under {results}")
     out.mkdir(parents=True, exist_ok=True)
     sections = []
+    places: dict[str, list[str]] = {}
     for path in files:
         place = path.parent.name
+        places.setdefault(place, []).append(path.stem)
         if path.stem == "sizes":  # runs, not comparisons
             sections.append(sizes_section(place, json.loads(path.read_text())))
         else:
             sections.append(section(place, path.stem, read_report(path), out))
-    measured = sorted({path.parent.name for path in files} - {"cpu"})
-    note = (
-        f"Measured on: CPU{''.join(', ' + name for name in measured)}."
-        if measured
-        else "Measured on a CPU alone: no result of a GPU is committed."
-    )
+    sections.append(missing(places))
+    links = [
+        f'<a href="#{html.escape(place)}-{html.escape(name)}">{html.escape(f"{place}: {name}")}</a>'
+        for place, names in places.items()
+        for name in names
+    ]
+    gpus = [name for name in places if name != "cpu"]
+    note = f"Measured on: {', '.join(['CPU'] * ('cpu' in places) + gpus)}."
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -255,8 +377,10 @@ def build(results: Path, out: Path) -> Path:
         f"<h1>sora_kernels: results</h1><p>{note} Ratios are medians over rounds in which all "
         "providers ran in turn, with 95% intervals; red marks a rival that is faster beyond doubt. "
         "The floor is the least traffic over the copy rate, or the arithmetic over the matrix "
-        "rate, both measured in the same run.</p>" + "\n".join(sections) + "</html>\n"
-    )
+        "rate, both measured in the same run; a kernel with streaming stores can beat the copy "
+        f"rate, as a copy may read its target first.</p><nav>{' · '.join(links)}</nav>"
+        + "\n".join(sections) + "</html>\n"
+    )  # fmt: skip
     index = out / "index.html"
     write_text(index, page)
     return index
