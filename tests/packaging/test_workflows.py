@@ -42,6 +42,18 @@ def test_actions_are_pinned_jobs_end_and_nothing_is_expanded_into_a_shell() -> N
     assert commands() and not any("${{" in command for command in commands())
 
 
+def test_a_fork_gets_no_secret_and_its_older_runs_are_cancelled() -> None:
+    assert "pull_request_target" not in WORKFLOW and "secrets." not in WORKFLOW
+    assert re.search(r"^permissions:\n  contents: read\n", WORKFLOW, re.M)
+    assert "write" not in WORKFLOW
+    assert "cancel-in-progress: ${{ github.event_name == 'pull_request' }}" in WORKFLOW
+
+
+def test_the_oldest_python_of_the_package_is_tested() -> None:
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert oldest and f'python: ["{oldest[1]}",' in WORKFLOW
+
+
 def test_what_the_steps_name_exists() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
     for command in commands():
