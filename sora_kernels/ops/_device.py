@@ -166,3 +166,10 @@ def tanh(v):
     far = 1.0 - divide(2.0 * e, 1.0 + e)
     large = tl.where(v < 0.0, -far, far)
     return tl.where(a < 0.65, v + v * z * p, large)
+
+
+@triton.jit
+def tanh_slope(v):
+    """tanh'(v) = 4 e^-2|v| / (1 + e^-2|v|)^2: 1 - tanh^2 would cancel where tanh is near 1."""
+    e = exp(-2.0 * tl.abs(v))
+    return divide(4.0 * e, (1.0 + e) * (1.0 + e))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ._config import finish_tile
-from ._launch import cdiv, launch
+from ._launch import SIZES, cdiv, launch
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def _finish_row(
         tl.store(grad_ptr + row.to(tl.int64) * width + cols, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(**SIZES)
 def _finish_rows_kernel(
     partial_ptr,  # [gradients, blocks, 2, D] fp32
     offsets_ptr,  # [R + 1] or None

@@ -7,6 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Arguments that change with every pack: what they are divisible by must not make another kernel.
+# Only that a row may be one token is worth knowing.
+SIZES: Any = {
+    "do_not_specialize": ("tokens", "per_batch", "block_tokens", "slices", "share"),
+    "do_not_specialize_on_alignment": ("tokens_per_row",),
+}
+
 
 def cdiv(number: int, size: int) -> int:
     """``number / size`` rounded up. (`triton.cdiv` takes seventy times as long on the host.)"""

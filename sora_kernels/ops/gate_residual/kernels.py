@@ -19,6 +19,7 @@ from .._device import (
     load_vectors,
     row_sums,
     tanh,
+    tanh_slope,
 )
 from .._grouped import (
     finish_rows,
@@ -32,6 +33,8 @@ from .._grouped import (
     token_offset,
 )
 from .._launch import (
+    SIZES,
+    cdiv,
     launch,
     modulation_grad,
     per_batch,
@@ -49,7 +52,7 @@ _DY, _DGATE, _DWEIGHT = tl.constexpr(DY), tl.constexpr(DGATE), tl.constexpr(DWEI
 _LAYER = tl.constexpr(2)  # values of NORM: 0 none, 1 RMS, 2 LayerNorm
 
 
-@triton.jit
+@triton.jit(**SIZES)
 def _gate_residual_fwd_kernel(
     x_ptr,  # [B, L, D]
     y_ptr,  # [B, L, D]
@@ -111,7 +114,7 @@ def _gate_residual_fwd_kernel(
     tl.store(out_ptr + n * width + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(**SIZES)
 def _gate_residual_bwd_kernel(
     dout_ptr,  # [B, L, D]
     y_ptr,  # [B, L, D]; None if only gate * dout is wanted
@@ -174,9 +177,8 @@ def _gate_residual_bwd_kernel(
             offsets = row.to(tl.int64) * gate_stride + cols
             gate = load_modulation(gate_ptr, gate_table_ptr, offsets, cols, mask, mask, LAW, dtype)
             if WITH_TANH:
-                gate = tanh(gate)
-                slope = 1.0 - gate * gate
-                gate = round_if(gate, LAW, TANH, dtype)
+                slope = tanh_slope(gate)
+                gate = round_if(tanh(gate), LAW, TANH, dtype)
 
         for i in tl.range(0, stop - position, num_stages=STAGES):
             n = sorted_token(position + i, order_ptr)
@@ -236,7 +238,7 @@ def forward(
     block_d, block_rows, num_warps = config.forward(width, norm > 0, config.chip_of(x))
     launch(
         _gate_residual_fwd_kernel,
-        (triton.cdiv(tokens, block_rows), triton.cdiv(width, block_d)),
+        (cdiv(tokens, block_rows), cdiv(width, block_d)),
         x.device,
         x,
         y,
@@ -295,7 +297,7 @@ def backward(
     block_d, block_tokens, num_warps, stages = config.backward(
         tokens, width, norm > 0, dout.element_size(), config.chip_of(dout)
     )
-    blocks = triton.cdiv(tokens, block_tokens)
+    blocks = cdiv(tokens, block_tokens)
 
     dy = dout.new_empty(dout.shape if needs & DY else (0,), dtype=y_dtype)
     dgate = modulation_grad(dout, needs & DGATE, gate, gate_table)
@@ -303,7 +305,7 @@ def backward(
     dweight = vector_partials(dout, needs & DWEIGHT, blocks, width)
     launch(
         _gate_residual_bwd_kernel,
-        (blocks, triton.cdiv(width, block_d)),
+        (blocks, cdiv(width, block_d)),
         dout.device,
         dout,
         y,

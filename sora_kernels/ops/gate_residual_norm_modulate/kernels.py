@@ -11,6 +11,8 @@ from ...aot import AotCase
 from .._device import GATED, RESIDUAL, XHAT, affine, load_f32, load_modulation, modulate
 from .._grouped import finish_rows, new_partials, round_if, rows_of, token_offset
 from .._launch import (
+    SIZES,
+    cdiv,
     launch,
     modulation_grad,
     per_batch,
@@ -51,7 +53,7 @@ def _gated(
     return branch
 
 
-@triton.jit
+@triton.jit(**SIZES)
 def _gate_residual_norm_modulate_fwd_kernel(
     x_ptr,  # [B, L, D]
     y_ptr,  # [B, L, D]
@@ -160,7 +162,7 @@ def forward(
     block_d, block_rows, num_warps = config.forward(width, config.chip_of(x))
     launch(
         _gate_residual_norm_modulate_fwd_kernel,
-        (triton.cdiv(tokens, block_rows),),
+        (cdiv(tokens, block_rows),),
         x.device,
         x,
         y,
@@ -253,7 +255,7 @@ def backward(
     block_d, block_tokens, slices, num_warps, stages = config.backward(
         tokens, width, streams, x.element_size(), config.chip_of(x)
     )
-    blocks = triton.cdiv(tokens, block_tokens)
+    blocks = cdiv(tokens, block_tokens)
     grouped = any(t is not None for t in (gate, gate2, shift, scale))
     dweight = vector_partials(x, needs & DWEIGHT, blocks, width)
     dbias = vector_partials(x, needs & DBIAS, blocks, width)

@@ -18,6 +18,7 @@ from .._device import (
     row_sums,
 )
 from .._grouped import flush_four, round_if, run_at, sorted_token, token_offset
+from .._launch import SIZES
 from . import config
 
 # Bits of `needs`, in the order of the backward's results.
@@ -173,7 +174,7 @@ def _token(
     return dgate, dgate2, dshift, dscale, dweight, dbias
 
 
-@triton.jit
+@triton.jit(**SIZES)
 def gate_residual_norm_modulate_bwd_kernel(
     dresidual_ptr,  # [B, L, D] or None
     dnormed_ptr,  # [B, L, D]

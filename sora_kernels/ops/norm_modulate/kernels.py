@@ -12,6 +12,8 @@ from ...laws import Point
 from .._device import XHAT, affine, load_f32, modulate
 from .._grouped import finish_case, finish_rows, new_partials, round_if, rows_of, token_offset
 from .._launch import (
+    SIZES,
+    cdiv,
     launch,
     modulation_grad,
     per_batch,
@@ -35,7 +37,7 @@ from .kernels_bwd import (
 )
 
 
-@triton.jit
+@triton.jit(**SIZES)
 def _norm_modulate_fwd_kernel(
     x_ptr,  # [B, L, D]
     weight_ptr,  # [D] or None, like every pointer below down to index
@@ -126,7 +128,7 @@ def forward(
     block_d, block_rows, num_warps = config.forward(width, config.chip_of(x))
     launch(
         _norm_modulate_fwd_kernel,
-        (triton.cdiv(tokens, block_rows),),
+        (cdiv(tokens, block_rows),),
         x.device,
         x,
         weight,
@@ -200,7 +202,7 @@ def backward(
     block_d, block_tokens, num_warps, stages = config.backward(
         tokens, width, 2 + (dy2 is not None), x.element_size(), config.chip_of(x)
     )
-    blocks = triton.cdiv(tokens, block_tokens)
+    blocks = cdiv(tokens, block_tokens)
     grouped = any(t is not None for t in (shift, scale, shift2, scale2))
 
     dx = x.new_empty(x.shape) if needs & DX else x.new_empty(0, dtype=torch.float32)

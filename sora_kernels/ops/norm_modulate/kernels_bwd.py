@@ -8,6 +8,7 @@ import triton.language as tl
 from ...aot import AotCase
 from .._device import AFFINE, XHAT, load_f32, load_one_plus, load_vectors, row_sums
 from .._grouped import flush_four, round_if, run_at, sorted_token, token_offset
+from .._launch import SIZES
 from . import config
 
 # Which gradients the backward computes; the bits of `needs`, in the order of its results.
@@ -68,7 +69,7 @@ def _token(
     return dshift, dscale, dshift2, dscale2, dweight, dbias
 
 
-@triton.jit
+@triton.jit(**SIZES)
 def norm_modulate_bwd_kernel(
     dy_ptr,  # [B, L, D]
     dy2_ptr,  # or None

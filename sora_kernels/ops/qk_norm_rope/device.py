@@ -35,6 +35,22 @@ def packed_row(index_ptr, token, token_mask):
 
 
 @triton.jit
+def row_offsets(row, head, length, stride_b, stride_t, stride_h, UNIT: tl.constexpr):
+    """Element offsets [T, HEADS, 1] of rows and heads, in int64; strides are in units of UNIT.
+
+    ``length`` is that of a batch entry, None where there is one only: nothing to divide then.
+    Rows are int32, or int64 where they were looked up.
+    """
+    if length is None:
+        at = row.to(tl.int64) * stride_t
+    else:
+        batch = row // length
+        at = batch.to(tl.int64) * stride_b + (row - batch * length).to(tl.int64) * stride_t
+    at = at[:, None, None] + (head.to(tl.int64) * stride_h)[None, :, None]
+    return at * UNIT
+
+
+@triton.jit
 def columns(j, D: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
              R2: tl.constexpr, PAIRING: tl.constexpr):  # fmt: skip
     """Components (a, b) of pair j, unless interleaved. The rest is paired as one more half."""
@@ -87,7 +103,7 @@ def table_rows(pos_ptr, parts_ptr, part_size, first_token, token, token_mask, j,
                                             token_mask)  # fmt: skip
         row = tl.where(j[None, :] >= B1, row_h[:, None], row_t[:, None])
         return tl.where(j[None, :] >= B2, row_w[:, None], row)
-    at = pos_ptr + token * NUM_POS
+    at = pos_ptr + token.to(tl.int64) * NUM_POS
     row = tl.load(at, mask=token_mask, other=0)[:, None] + tl.zeros_like(j)[None, :]
     if NUM_POS > 1:
         row_1 = tl.load(at + 1, mask=token_mask, other=0)[:, None]

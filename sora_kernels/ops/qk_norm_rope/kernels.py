@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import launch
+from .._launch import cdiv, launch
 from .config import chip_of, tile
 from .device import (
     BEFORE_ROPE,
@@ -30,17 +30,18 @@ from .device import (
     normalise,
     packed_row,
     round_at,
+    row_offsets,
     store_pairs,
 )
 from .kernels_bwd import launch_backward, qk_norm_rope_bwd_kernel
-from .launch import POINTS, Side, rope_constants, side_tables, unit_of
+from .launch import POINTS, SIZES, Side, rope_constants, side_tables, unit_of
 from .raw import TABLES, Norm, Pairing, new_gradients, new_outputs
 
 if TYPE_CHECKING:
     from ...aot import AotCase
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def qk_norm_rope_fwd_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr,
     cos_ptr, sin_ptr, pos_ptr, parts_ptr, k_cos_ptr, k_sin_ptr, k_pos_ptr, k_parts_ptr,
@@ -93,15 +94,14 @@ def _fwd_tile(
     dtype = x_ptr.dtype.element_ty
     j = tl.arange(0, PAIRS)
     col_a, col_b = columns(j, D, B1, B2, B3, R2, PAIRING)
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = head_block * HEADS + tl.arange(0, HEADS)
     token_mask = token < n
     mask = token_mask[:, None, None] & (head < H)[None, :, None]
 
     row = packed_row(index_ptr, token, token_mask)
     source = row if X_PACKED else token
-    x_at = (source // length) * (stride_b * UNIT) + (source % length) * (stride_t * UNIT)
-    x_at = x_at[:, None, None] + (head * (stride_h * UNIT))[None, :, None]
+    x_at = row_offsets(source, head, length, stride_b, stride_t, stride_h, UNIT)
     a, b = load_pairs(x_ptr, x_at, mask, col_a, col_b, D, PAIRS, PAIRING)  # [T, H, D/2]
     if NORM:
         a, b, rstd = normalise(a, b, mask, j, eps, H, D, NORM)
@@ -123,7 +123,8 @@ def _fwd_tile(
         ac, bs = round_at(a * cos, ROPE, LAW, dtype), round_at(b * sin, ROPE, LAW, dtype)
         bc, as_ = round_at(b * cos, ROPE, LAW, dtype), round_at(a * sin, ROPE, LAW, dtype)
         a, b = ac - bs, bc + as_
-    y_at = ((row if Y_PACKED else token) * (H * D))[:, None, None] + (head * D)[None, :, None]
+    y_row = row if Y_PACKED else token
+    y_at = row_offsets(y_row, head, None, 0, H * D, D, 1)
     store_pairs(y_ptr, y_at, mask, a, b, col_a, col_b, D, PAIRS, PAIRING)
 
 
@@ -141,9 +142,9 @@ def launch_forward(
     """One pass; ``packed`` = (X_PACKED, Y_PACKED). Without k, only q's blocks run."""
     hq, hk, width = q.heads, (k or q).heads, q.x.shape[-1]
     cfg = tile(max(hq, hk), width, norm == Norm.RMS_FULL, False, chip_of(q.x))
-    blocks = triton.cdiv(hq, cfg.heads) + (triton.cdiv(hk, cfg.heads) if k else 0)
+    blocks = cdiv(hq, cfg.heads) + (cdiv(hk, cfg.heads) if k else 0)
     k = k or q
-    grid = (triton.cdiv(max(q.tokens, k.tokens), cfg.tokens), blocks)
+    grid = (cdiv(max(q.tokens, k.tokens), cfg.tokens), blocks)
     unit = unit_of(q.strides, k.strides)
     launch(
         qk_norm_rope_fwd_kernel, grid, q.x.device,
@@ -246,6 +247,8 @@ def _aot_case(
     for arg in kernel.arg_names:
         if arg in absent:
             constexprs[arg] = None
+        elif arg.endswith("_len") and "rope" not in arg:
+            constexprs[arg] = None  # [N, H, D]
         elif arg not in overrides:
             signature[arg] = types.get(arg, f"*{dtype}" if arg.endswith("_ptr") else "i32")
     return AotCase(

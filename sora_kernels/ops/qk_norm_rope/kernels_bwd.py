@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import launch
+from .._launch import cdiv, launch
 from .config import backward_steps, chip_of, tile
 from .device import (
     LAYER,
@@ -20,15 +20,16 @@ from .device import (
     normalise,
     packed_row,
     round_at,
+    row_offsets,
     row_sum,
     store_pairs,
     token_sum,
 )
-from .launch import POINTS, Side, length_of, rope_constants, strides_of, unit_of
+from .launch import POINTS, SIZES, Side, length_of, rope_constants, strides_of, unit_of
 from .raw import Norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def qk_norm_rope_bwd_kernel(
     dyq_ptr, dyk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr,
     cos_ptr, sin_ptr, pos_ptr, parts_ptr, k_cos_ptr, k_sin_ptr, k_pos_ptr, k_parts_ptr, index_ptr,
@@ -104,14 +105,13 @@ def _bwd_tiles(
     dba = tl.zeros([TOKENS, HEADS, PAIRS], tl.float32)
     dbb = tl.zeros([TOKENS, HEADS, PAIRS], tl.float32)
     for step in tl.range(0, STEPS):
-        tile = tl.program_id(0).to(tl.int64) * STEPS + step
+        tile = tl.program_id(0) * STEPS + step
         token = tile * TOKENS + tl.arange(0, TOKENS)
         token_mask = token < n
         mask = token_mask[:, None, None] & (head < H)[None, :, None]
         row = packed_row(index_ptr, token, token_mask)
         source = row if GATHER else token
-        dy_at = (row // dy_length) * (dy_stride_b * UNIT) + (row % dy_length) * (dy_stride_t * UNIT)
-        dy_at = dy_at[:, None, None] + (head * (dy_stride_h * UNIT))[None, :, None]
+        dy_at = row_offsets(row, head, dy_length, dy_stride_b, dy_stride_t, dy_stride_h, UNIT)
         ga, gb = load_pairs(dy_ptr, dy_at, mask, col_a, col_b, D, PAIRS, PAIRING)
         if R2 > 0:
             cos, sin = angles(cos_ptr, sin_ptr, pos_ptr, parts_ptr, part_size, first, row,
@@ -120,8 +120,7 @@ def _bwd_tiles(
             cos, sin = round_at(cos, ROPE, LAW, dtype), round_at(sin, ROPE, LAW, dtype)
             ga, gb = ga * cos + gb * sin, gb * cos - ga * sin
         if NORM:
-            x_at = (source // length) * (stride_b * UNIT) + (source % length) * (stride_t * UNIT)
-            x_at = x_at[:, None, None] + (head * (stride_h * UNIT))[None, :, None]
+            x_at = row_offsets(source, head, length, stride_b, stride_t, stride_h, UNIT)
             a, b = load_pairs(x_ptr, x_at, mask, col_a, col_b, D, PAIRS, PAIRING)
             a, b, rstd = normalise(a, b, mask, j, eps, H, D, NORM)
             if DB:
@@ -140,7 +139,7 @@ def _bwd_tiles(
                 ga = (ga - a * slope - offset) * rstd
                 gb = (gb - b * slope - offset) * rstd
         if DX:
-            dx_at = (source * (H * D))[:, None, None] + (head * D)[None, :, None]
+            dx_at = row_offsets(source, head, None, 0, H * D, D, 1)
             store_pairs(dx_ptr, dx_at, mask, ga, gb, col_a, col_b, D, PAIRS, PAIRING)
 
     # Partials are [dweight, dbias] x programs x width; a fixed-order sum over programs follows.
@@ -170,7 +169,7 @@ def launch_backward(
     """One pass: a single launch if q and k need the same gradients, else one for each."""
     width = q.x.shape[-1]
     cfg = tile(max(q.heads, k.heads), width, norm == Norm.RMS_FULL, True, chip_of(q.x))
-    blocks = (triton.cdiv(q.heads, cfg.heads), triton.cdiv(k.heads, cfg.heads))
+    blocks = (cdiv(q.heads, cfg.heads), cdiv(k.heads, cfg.heads))
     launches: list[tuple[Side, int, int]]  # whose needs, first head block, head blocks
     if q.wanted == k.wanted:
         launches = [(q, 0, sum(blocks))]
@@ -180,7 +179,7 @@ def launch_backward(
     most = max(q.tokens, k.tokens)
     summed = any(side.wanted[1] or side.wanted[2] for side in (q, k))
     steps = backward_steps(most, sum(blocks), cfg.tokens) if summed else 1
-    programs = triton.cdiv(most, cfg.tokens * steps)
+    programs = cdiv(most, cfg.tokens * steps)
     partials = []
     for side, count in zip((q, k), blocks, strict=True):
         size = width * (side.heads if norm == Norm.RMS_FULL else 1)

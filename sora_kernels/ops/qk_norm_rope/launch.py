@@ -15,6 +15,10 @@ from .raw import TABLE_TENSORS
 
 POINTS = int(Point.XHAT | Point.AFFINE | Point.PRE_ROPE | Point.ROPE)
 
+# Arguments that change with every pack: what they are divisible by must not make another kernel.
+SIZES = ("first_block n_q n_k q_len k_len dyq_len dyk_len rope_len part_size first k_rope_len "
+         "k_part_size k_first").split()  # fmt: skip
+
 Strides = tuple[int, int, int]
 SideTables = tuple[Tensor | None, ...]  # cos, sin, positions, parts: see ``raw.TABLES``
 
@@ -40,7 +44,7 @@ class Side:
         return self.x.shape[-2]
 
     @property
-    def length(self) -> int:
+    def length(self) -> int | None:
         return length_of(self.x)
 
     @property
@@ -66,9 +70,9 @@ def side_tables(tables: Any, side: int) -> tuple[SideTables, int, int]:
     return tables[4 * side : 4 * side + 4], tables[at], tables[at + 1]
 
 
-def length_of(x: Tensor) -> int:
-    """Tokens per batch entry, at least 1: a divisor."""
-    return max(1, x.shape[-3])
+def length_of(x: Tensor) -> int | None:
+    """Tokens per batch entry, at least 1: a divisor; None if there is one entry only."""
+    return max(1, x.shape[-3]) if x.ndim == 4 and x.shape[0] != 1 else None
 
 
 def strides_of(x: Tensor) -> Strides:
