@@ -29,17 +29,10 @@ SUITES = ("ops", "block", "e2e", "dropin")
 """What `benchmarks/gpu_lane.sh` measures on a GPU."""
 BESIDE = ("lane", "info", "ceilings", "tune_attention")
 """Files of the lane that are no reports."""
-NO_LIBRARY = (
-    "compile",
-    "patched_compile",
-    "copy",
-    "bare",
-    "padded",
-    "per_tile",
-    "cuda",
-    "pointers",
-)
-"""Providers that are other forms of plain PyTorch or of ours, or less work."""
+LESS_WORK = ("copy", "bare")
+"""Providers that are floors."""
+NO_LIBRARY = (*LESS_WORK, "compile", "patched_compile", "padded", "per_tile", "cuda", "pointers")
+"""Providers that are floors, or other forms of plain PyTorch or of ours."""
 PEER = "peer"
 RIVALS = {
     "plain": ("plain PyTorch", COLOURS["plain"]),
@@ -227,17 +220,19 @@ def _against(row: Row, other: str) -> str:
 
 def _against_others(row: Row) -> str:
     """Every further provider by name."""
-    others = [name for name in row.get("paired", {}) if name not in OTHERS]
+    others = [name for name in row.get("paired", {}) if name not in (*OTHERS, *LESS_WORK)]
     cells = [f"<th>{html.escape(name)}</th>{_against(row, name)}" for name in others]
     return f"<td><table><tr>{'</tr><tr>'.join(cells)}</tr></table></td>" if cells else "<td>-</td>"
 
 
 def rows_table(report: Report) -> str:
     """Every row of ours; red where a rival is faster beyond doubt."""
-    more = any(set(row.get("paired", {})) - set(OTHERS) for row in ours_of(report))
+    more = any(set(row.get("paired", {})) - {*OTHERS, *LESS_WORK} for row in ours_of(report))
     lines = [
         "<tr><th>case</th><th>ms</th><th>of floor</th><th>GB/s</th><th>peak MB</th>"
-        "<th>faster than plain</th><th>than compile</th>" + ("<th>than</th>" if more else "")
+        "<th>faster than plain</th><th>than compile</th>"
+        + ("<th>than</th>" if more else "")
+        + "</tr>"
     ]
     for row in ours_of(report):
         lines.append(
@@ -245,6 +240,7 @@ def rows_table(report: Report) -> str:
             f"<td>{100 * row['roofline']:.0f}%</td><td>{row['gbps']:.1f}</td>"
             f"<td>{row['peak_mem_mb']:.1f}</td>{_against(row, 'plain')}{_against(row, 'compile')}"
             + (_against_others(row) if more else "")
+            + "</tr>"
         )
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
