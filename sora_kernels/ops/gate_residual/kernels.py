@@ -172,12 +172,12 @@ def _gate_residual_bwd_kernel(
         )
         dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
         gate = 1.0
-        slope = 1.0  # of the gate's activation
+        gate_offsets = row.to(tl.int64) * gate_stride + cols
         if gate_ptr is not None:
-            offsets = row.to(tl.int64) * gate_stride + cols
-            gate = load_modulation(gate_ptr, gate_table_ptr, offsets, cols, mask, mask, LAW, dtype)
+            gate = load_modulation(
+                gate_ptr, gate_table_ptr, gate_offsets, cols, mask, mask, LAW, dtype
+            )
             if WITH_TANH:
-                slope = tanh_slope(gate)
                 gate = round_if(tanh(gate), LAW, TANH, dtype)
 
         for i in tl.range(0, stop - position, num_stages=STAGES):
@@ -207,8 +207,13 @@ def _gate_residual_bwd_kernel(
                 tl.store(dy_ptr + dy_offsets, dbranch.to(dtype), mask=mask)
 
         if _DGATE & NEEDS:
+            if WITH_TANH:  # the gate is loaded again: its slope would cost the loop registers
+                gate = load_modulation(
+                    gate_ptr, gate_table_ptr, gate_offsets, cols, mask, mask, LAW, dtype
+                )
+                dgate *= tanh_slope(gate)
             first, last = row_bounds(row, offsets_ptr, tokens_per_row)
-            flush(dgate * slope, row, first, last, start, end, block, dgate_ptr, partial_ptr,
+            flush(dgate, row, first, last, start, end, block, dgate_ptr, partial_ptr,
                   width, cols, mask)  # fmt: skip
         position = stop
 

@@ -42,12 +42,12 @@ def row_offsets(row, head, length, stride_b, stride_t, stride_h, UNIT: tl.conste
     Rows are int32, or int64 where they were looked up.
     """
     if length is None:
-        at = row.to(tl.int64) * stride_t
+        at = row.to(tl.int64) * stride_t * UNIT
     else:
         batch = row // length
-        at = batch.to(tl.int64) * stride_b + (row - batch * length).to(tl.int64) * stride_t
-    at = at[:, None, None] + (head.to(tl.int64) * stride_h)[None, :, None]
-    return at * UNIT
+        token = row - batch * length
+        at = (batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t) * UNIT
+    return at[:, None, None] + (head.to(tl.int64) * stride_h * UNIT)[None, :, None]
 
 
 @triton.jit

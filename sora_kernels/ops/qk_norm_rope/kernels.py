@@ -124,7 +124,7 @@ def _fwd_tile(
         bc, as_ = round_at(b * cos, ROPE, LAW, dtype), round_at(a * sin, ROPE, LAW, dtype)
         a, b = ac - bs, bc + as_
     y_row = row if Y_PACKED else token
-    y_at = row_offsets(y_row, head, None, 0, H * D, D, 1)
+    y_at = (y_row.to(tl.int64) * (H * D))[:, None, None] + (head * D)[None, :, None]
     store_pairs(y_ptr, y_at, mask, a, b, col_a, col_b, D, PAIRS, PAIRING)
 
 

@@ -105,7 +105,7 @@ def _bwd_tiles(
     dba = tl.zeros([TOKENS, HEADS, PAIRS], tl.float32)
     dbb = tl.zeros([TOKENS, HEADS, PAIRS], tl.float32)
     for step in tl.range(0, STEPS):
-        tile = tl.program_id(0) * STEPS + step
+        tile = tl.program_id(0).to(tl.int64) * STEPS + step
         token = tile * TOKENS + tl.arange(0, TOKENS)
         token_mask = token < n
         mask = token_mask[:, None, None] & (head < H)[None, :, None]
@@ -139,7 +139,7 @@ def _bwd_tiles(
                 ga = (ga - a * slope - offset) * rstd
                 gb = (gb - b * slope - offset) * rstd
         if DX:
-            dx_at = row_offsets(source, head, None, 0, H * D, D, 1)
+            dx_at = (source.to(tl.int64) * (H * D))[:, None, None] + (head * D)[None, :, None]
             store_pairs(dx_ptr, dx_at, mask, ga, gb, col_a, col_b, D, PAIRS, PAIRING)
 
     # Partials are [dweight, dbias] x programs x width; a fixed-order sum over programs follows.
