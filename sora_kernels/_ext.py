@@ -59,11 +59,11 @@ def _load_host() -> ModuleType | None:
 
 
 cpu_loaded: bool = _load_ops("_C_cpu")
-cuda_loaded: bool = _load_ops("_C_cuda") if torch.cuda.is_available() else False
+# torch.cuda.is_available() is not asked: it starts the CUDA driver, and processes forked after that
+# (data loaders) could not use it. Without a device the library loads and is never called.
+cuda_loaded: bool = _load_ops("_C_cuda") if torch.version.cuda is not None else False
 if torch.version.cuda is None:
     missing["_C_cuda"] = f"torch {torch.__version__} was built without CUDA"
-elif not torch.cuda.is_available():
-    missing["_C_cuda"] = "no CUDA device is available in this process"
 host: ModuleType | None = _load_host()
 
 

@@ -141,6 +141,19 @@ def test_importing_the_package_imports_no_compiler() -> None:
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
+def test_importing_the_package_starts_no_cuda_driver() -> None:
+    """Processes that are forked afterwards, such as data loaders, could not use it."""
+    code = """if True:
+        import torch
+        def ask(*_):
+            raise SystemExit("asked for devices")
+        torch.cuda.is_available = torch.cuda.device_count = torch._C._cuda_getDeviceCount = ask
+        import sora_kernels
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_mark_of_a_constant_result_is_that_of_torch() -> None:
     import torch
 
