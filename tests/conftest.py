@@ -41,6 +41,8 @@ def expected_skips() -> set[str]:
         reasons |= {"there is a GPU, so the lane would run"}
     else:
         reasons |= {"needs an NVIDIA GPU"}
+    if torch.cuda.device_count() < 2:
+        reasons |= {"needs two GPUs"}
     from sora_kernels import _ext
 
     if not _ext.cuda_loaded:
