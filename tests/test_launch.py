@@ -10,7 +10,7 @@ import torch
 
 from sora_kernels.ops import _tables
 from sora_kernels.ops._config import column_slice
-from sora_kernels.ops._launch import cdiv, flat, launch, token_strides
+from sora_kernels.ops._launch import cdiv, launch, per_batch, token_strides
 
 
 class Kernel:
@@ -65,8 +65,10 @@ def test_strides_of_tokens() -> None:
     x = torch.empty(3, 5, 8)
     assert token_strides(x) == (40, 8) and token_strides(None) == (0, 0)
     assert token_strides(x[:1]) == (0, 8), "of a batch of one the stride says nothing"
-    assert flat(x) and flat(x[:1, :4]) and flat(x, x[..., :4])
-    assert not flat(x[:, :4]) and not flat(x, x[::2]) and not flat(x[:, :1].expand(3, 5, 8))
+    flat = [(x,), (x[:1, :4],), (x, None, x[..., :4])]
+    assert [per_batch(*tensors) for tensors in flat] == [None, None, None]
+    others = [(x[:, :4],), (x, x[::2]), (x[:, :1].expand(3, 5, 8),)]
+    assert [per_batch(*tensors) for tensors in others] == [4, 5, 5]
     n = torch.arange(15)
     for view in (x, x[..., 2:6]):
         offsets = (n // 5) * view.stride(0) + n % 5 * view.stride(1)

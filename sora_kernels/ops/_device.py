@@ -9,7 +9,7 @@ from triton.language.extra import libdevice
 
 from ..backend import interpreting
 from ..laws import Point
-from ._grouped import round_if, token_offset
+from ._grouped import round_if
 
 XHAT = tl.constexpr(int(Point.XHAT))
 AFFINE = tl.constexpr(int(Point.AFFINE))
@@ -87,16 +87,6 @@ def load_vectors(weight_ptr, bias_ptr, cols, mask):
     if bias_ptr is not None:
         bias = load_f32(bias_ptr + cols, mask)
     return weight, bias
-
-
-@triton.jit
-def token_at(n, per_batch, batch_stride, token_stride, FLAT: tl.constexpr):
-    """`token_offset` (n is int64), without the division where `_launch.flat`."""
-    if FLAT:
-        offset = n * token_stride
-    else:
-        offset = token_offset(n, per_batch, batch_stride, token_stride)
-    return offset
 
 
 @triton.jit

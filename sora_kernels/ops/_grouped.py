@@ -32,7 +32,7 @@ def round_if(value, LAW: tl.constexpr, POINT: tl.constexpr, dtype: tl.constexpr)
 @triton.jit
 def token_offset(n, per_batch, batch_stride, token_stride):
     """Element offset of token n of a [B, L, D] tensor, in int64; the division is one of int32.
-    `per_batch` is L, or None where B = 1 (every pack): nothing to divide."""
+    `per_batch` is L, or None (`_launch.per_batch`): nothing to divide."""
     if per_batch is None:
         offset = n.to(tl.int64) * token_stride
     else:

@@ -36,22 +36,21 @@ def token_strides(x: Tensor | None) -> tuple[int, int]:
     return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
 
 
-def per_batch(x: Tensor) -> int | None:
-    """L of a ``[B, L, D]`` tensor, as `token_offset` wants it: None for a batch of one."""
-    return x.shape[1] if x.shape[0] > 1 else None
+def per_batch(*tensors: Tensor | None) -> int | None:
+    """L of these ``[B, L, D]`` tensors, by which `token_offset` divides token numbers.
+
+    None where token n of each lies at n token strides, over all batches: most do, and their kernels
+    need no division.
+    """
+    given = [x for x in tensors if x is not None]
+    if all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in given):
+        return None
+    return given[0].shape[1]
 
 
 def run_stages(stages: int, grouped: bool, index: Tensor | None, tokens_per_row: int) -> int:
     """Stages of a loop over the tokens of a row: none to pipeline where a row is one token."""
     return 1 if grouped and index is None and tokens_per_row == 1 else stages
-
-
-def flat(*tensors: Tensor) -> bool:
-    """Whether token n of all these ``[B, L, D]`` lies at n token strides, over all batches.
-
-    Most do, and their kernels need no division by L.
-    """
-    return all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
 
 
 def modulation_grad(like: Tensor, want: int, of: Tensor | None, table: Tensor | None) -> Tensor:

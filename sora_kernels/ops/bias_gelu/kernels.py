@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...aot import AotCase
-from .._device import divide, exp, load_f32, token_at
-from .._launch import cdiv, flat, launch, token_strides
+from .._device import divide, exp, load_f32
+from .._grouped import token_offset
+from .._launch import SIZES, cdiv, launch, per_batch, token_strides
 from . import config
 
 _TWO_C = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
@@ -34,17 +35,16 @@ def _load_bias(bias_ptr, cols, mask):
     return bias
 
 
-@triton.jit(do_not_specialize=["tokens", "per_batch"])
+@triton.jit(**SIZES)
 def _bias_gelu_fwd_kernel(
     x_ptr,  # [B, L, D]
     bias_ptr,  # [D] or None
     y_ptr,  # [N, D]
     tokens,
     width,
-    per_batch,  # L
+    per_batch,  # L or None
     x_batch_stride,
     x_token_stride,
-    FLAT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -53,14 +53,14 @@ def _bias_gelu_fwd_kernel(
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     cols_mask = cols < width
     mask = (n < tokens) & cols_mask
-    x_offsets = token_at(n, per_batch, x_batch_stride, x_token_stride, FLAT) + cols
+    x_offsets = token_offset(n, per_batch, x_batch_stride, x_token_stride) + cols
     u = load_f32(x_ptr + x_offsets, mask) + _load_bias(bias_ptr, cols, cols_mask)
     s, _ = _half_gate(u)
     y = u * s
     tl.store(y_ptr + n * width + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "per_batch", "block_tokens"])
+@triton.jit(**SIZES)
 def _bias_gelu_bwd_kernel(
     dy_ptr,  # [B, L, D]
     x_ptr,  # [B, L, D]
@@ -69,13 +69,12 @@ def _bias_gelu_bwd_kernel(
     dbias_partial_ptr,  # [blocks, D] fp32 or None
     tokens,
     width,
-    per_batch,  # L
+    per_batch,  # L or None
     dy_batch_stride,
     dy_token_stride,
     x_batch_stride,
     x_token_stride,
     block_tokens,
-    FLAT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
@@ -95,8 +94,8 @@ def _bias_gelu_bwd_kernel(
     for i in tl.range(0, tl.cdiv((end - start).to(tl.int32), BLOCK_ROWS), num_stages=STAGES):
         n = start + i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
         mask = (n < end) & cols_mask
-        x_offsets = token_at(n, per_batch, x_batch_stride, x_token_stride, FLAT) + cols
-        dy_offsets = token_at(n, per_batch, dy_batch_stride, dy_token_stride, FLAT) + cols
+        x_offsets = token_offset(n, per_batch, x_batch_stride, x_token_stride) + cols
+        dy_offsets = token_offset(n, per_batch, dy_batch_stride, dy_token_stride) + cols
         u = load_f32(x_ptr + x_offsets, mask) + bias
         s, slope = _half_gate(u)
         inner = slope * u * (u * u * (3.0 * _CUBIC) + _TWO_C)
@@ -122,9 +121,8 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
         y,
         batch * length,
         width,
-        length,
+        per_batch(x),
         *token_strides(x),
-        FLAT=flat(x),
         BLOCK_ROWS=block_rows,
         BLOCK_D=block_d,
         num_warps=num_warps,
@@ -153,11 +151,10 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor | None, need_dbias: bool) -> tu
         partial if need_dbias else None,
         tokens,
         width,
-        length,
+        per_batch(dy, x),
         *token_strides(dy),
         *token_strides(x),
         tile.block_tokens,
-        FLAT=flat(dy, x),
         BLOCK_ROWS=tile.block_rows,
         BLOCK_D=tile.block_d,
         STAGES=tile.num_stages,
@@ -177,13 +174,13 @@ def aot_cases() -> list[AotCase]:
 def _cases(width: int) -> list[AotCase]:
     block_rows, block_d, num_warps = config.forward(width)
     pointers = {"x_ptr": "*bf16", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
-    sizes = ("tokens", "width", "per_batch")
+    sizes = ("tokens", "width")
     strides: tuple[str, ...] = ("x_batch_stride", "x_token_stride")
     forward_case = AotCase(
         name=f"bias_gelu_fwd_d{width}",
         kernel=_bias_gelu_fwd_kernel,
         signature={**pointers, **dict.fromkeys((*sizes, *strides), "i32")},
-        constexprs={"FLAT": True, "BLOCK_ROWS": block_rows, "BLOCK_D": block_d},
+        constexprs={"per_batch": None, "BLOCK_ROWS": block_rows, "BLOCK_D": block_d},
         num_warps=num_warps,
         num_stages=1,
         memory_bound=True,
@@ -200,7 +197,7 @@ def _cases(width: int) -> list[AotCase]:
         kernel=_bias_gelu_bwd_kernel,
         signature={**pointers, **dict.fromkeys((*sizes, *strides, "block_tokens"), "i32")},
         constexprs={
-            "FLAT": True,
+            "per_batch": None,
             "BLOCK_ROWS": tile.block_rows,
             "BLOCK_D": tile.block_d,
             "STAGES": tile.num_stages,

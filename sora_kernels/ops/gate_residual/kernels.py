@@ -65,7 +65,7 @@ def _gate_residual_fwd_kernel(
     rstd_ptr,  # [N] fp32, with a norm only
     tokens,
     width,
-    per_batch,  # L, None if B = 1
+    per_batch,  # L or None
     x_batch_stride,
     x_token_stride,
     y_batch_stride,
@@ -256,7 +256,7 @@ def forward(
         rstd if norm else None,
         tokens,
         width,
-        per_batch(x),
+        per_batch(x, y),
         *token_strides(x),
         *token_strides(y),
         row_stride(gate),
@@ -328,7 +328,7 @@ def backward(
         partial,
         tokens,
         width,
-        per_batch(dout),
+        per_batch(dout, y),
         *token_strides(dout),
         *token_strides(y),
         row_stride(gate),

@@ -74,7 +74,7 @@ def _gate_residual_norm_modulate_fwd_kernel(
     rstd_ptr,  # [N] fp32
     tokens,
     width,
-    per_batch,  # L, None if B = 1
+    per_batch,  # L or None
     x_batch_stride,
     x_token_stride,
     y_batch_stride,
@@ -183,7 +183,7 @@ def forward(
         rstd,
         tokens,
         width,
-        per_batch(x),
+        per_batch(x, y, y2),
         *token_strides(x),
         *token_strides(y),
         *token_strides(y2),
@@ -293,7 +293,7 @@ def backward(
         partial,
         tokens,
         width,
-        per_batch(x),
+        per_batch(dresidual, dnormed, x, y, y2),
         *token_strides(dresidual),
         *token_strides(dnormed),
         *token_strides(x),

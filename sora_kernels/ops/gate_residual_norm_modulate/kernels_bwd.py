@@ -205,7 +205,7 @@ def gate_residual_norm_modulate_bwd_kernel(
     partial_ptr,  # [4, blocks, 2, D] fp32
     tokens,
     width,
-    per_batch,  # L, None if B = 1
+    per_batch,  # L or None
     dresidual_batch_stride,
     dresidual_token_stride,
     dnormed_batch_stride,

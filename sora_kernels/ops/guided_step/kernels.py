@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...aot import AotCase
-from .._device import load_f32, token_at
-from .._grouped import rows_of
-from .._launch import cdiv, flat, launch, token_strides
+from .._device import load_f32
+from .._grouped import rows_of, token_offset
+from .._launch import SIZES, cdiv, launch, per_batch, token_strides
 from .config import chip_of, choose_config
 
 
@@ -22,10 +22,6 @@ def _row_numbers(n, inside, index_ptr, tokens_per_row, guidance_ptr, weight_ptr)
     rows = rows_of(n, index_ptr, tokens_per_row, inside)
     guidance = tl.load(guidance_ptr + rows, mask=inside, other=0.0)
     return guidance, tl.load(weight_ptr + rows, mask=inside, other=0.0)
-
-
-#: Integers without a part in how wide accesses are: another value makes no other kernel.
-SIZES = ["tokens", "slices", "per_batch", "tokens_per_row"]
 
 
 @triton.jit
@@ -39,7 +35,7 @@ def _place(slices, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     return n, pid % slices * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(**SIZES)
 def _guided_step_fwd_kernel(
     x_ptr,  # [B, L, D]
     cond_ptr,  # [B, L, D]
@@ -51,7 +47,7 @@ def _guided_step_fwd_kernel(
     tokens,
     width,
     slices,
-    per_batch,  # L
+    per_batch,  # L or None
     x_batch_stride,
     x_token_stride,
     cond_batch_stride,
@@ -59,7 +55,6 @@ def _guided_step_fwd_kernel(
     uncond_batch_stride,
     uncond_token_stride,
     tokens_per_row,
-    FLAT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -69,22 +64,22 @@ def _guided_step_fwd_kernel(
     mask = inside & (cols < width)
     guidance, weight = _row_numbers(n, inside, index_ptr, tokens_per_row, guidance_ptr, weight_ptr)
     v = load_f32(
-        cond_ptr + token_at(n, per_batch, cond_batch_stride, cond_token_stride, FLAT) + cols, mask
+        cond_ptr + token_offset(n, per_batch, cond_batch_stride, cond_token_stride) + cols, mask
     )
     if uncond_ptr is not None:
         free = load_f32(
             uncond_ptr
-            + token_at(n, per_batch, uncond_batch_stride, uncond_token_stride, FLAT)
+            + token_offset(n, per_batch, uncond_batch_stride, uncond_token_stride)
             + cols,
             mask,
         )
         v = free + guidance * (v - free)
-    x = load_f32(x_ptr + token_at(n, per_batch, x_batch_stride, x_token_stride, FLAT) + cols, mask)
+    x = load_f32(x_ptr + token_offset(n, per_batch, x_batch_stride, x_token_stride) + cols, mask)
     out = x + weight * v
     tl.store(out_ptr + n * width + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(**SIZES)
 def _guided_step_bwd_kernel(
     dout_ptr,  # [B, L, D]
     guidance_ptr,  # [R] fp32
@@ -95,12 +90,11 @@ def _guided_step_bwd_kernel(
     tokens,
     width,
     slices,
-    per_batch,  # L
+    per_batch,  # L or None
     dout_batch_stride,
     dout_token_stride,
     tokens_per_row,
     GUIDED: tl.constexpr,
-    FLAT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -109,7 +103,7 @@ def _guided_step_bwd_kernel(
     inside = n < tokens
     mask = inside & (cols < width)
     guidance, weight = _row_numbers(n, inside, index_ptr, tokens_per_row, guidance_ptr, weight_ptr)
-    offsets = token_at(n, per_batch, dout_batch_stride, dout_token_stride, FLAT) + cols
+    offsets = token_offset(n, per_batch, dout_batch_stride, dout_token_stride) + cols
     dout = load_f32(dout_ptr + offsets, mask)
     if dcond_ptr is not None:
         dcond = dout * weight
@@ -155,9 +149,9 @@ def forward(
     free = cond if uncond is None else uncond  # its strides; its data is not read
     launch(
         _guided_step_fwd_kernel, grid, x.device,
-        x, cond, uncond, guidance, weight, index, out, batch * length, width, slices, length,
-        *token_strides(x), *token_strides(cond), *token_strides(free), max(tokens_per_row, 1),
-        FLAT=flat(x, cond, free), **meta,
+        x, cond, uncond, guidance, weight, index, out, batch * length, width, slices,
+        per_batch(x, cond, free), *token_strides(x), *token_strides(cond), *token_strides(free),
+        max(tokens_per_row, 1), **meta,
     )  # fmt: skip
     return out
 
@@ -180,8 +174,8 @@ def backward(
     launch(
         _guided_step_bwd_kernel, grid, dout.device,
         dout, guidance, weight, index, dcond if needs & 1 else None,
-        duncond if needs & 2 else None, batch * length, width, slices, length,
-        *token_strides(dout), max(tokens_per_row, 1), GUIDED=guided, FLAT=flat(dout), **meta,
+        duncond if needs & 2 else None, batch * length, width, slices,
+        per_batch(dout), *token_strides(dout), max(tokens_per_row, 1), GUIDED=guided, **meta,
     )  # fmt: skip
     return dcond, duncond
 
@@ -193,8 +187,8 @@ def aot_cases() -> list[AotCase]:
 
 def _cases(width: int) -> list[AotCase]:
     block_rows, block_d, num_warps = choose_config(width)
-    blocks = {"FLAT": True, "BLOCK_ROWS": block_rows, "BLOCK_D": block_d}
-    sizes = ("width", *SIZES)
+    blocks = {"per_batch": None, "BLOCK_ROWS": block_rows, "BLOCK_D": block_d}
+    sizes = ("width", "tokens", "slices", "tokens_per_row")
     per_row = {"guidance_ptr": "*fp32", "weight_ptr": "*fp32", "index_ptr": "*i32"}
 
     def case(

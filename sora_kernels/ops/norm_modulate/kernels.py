@@ -55,7 +55,7 @@ def _norm_modulate_fwd_kernel(
     rstd_ptr,  # [N] fp32
     tokens,
     width,
-    per_batch,  # L, None if B = 1
+    per_batch,  # L or None
     x_batch_stride,
     x_token_stride,
     shift_stride,
@@ -236,7 +236,7 @@ def backward(
         partial,
         tokens,
         width,
-        per_batch(x),
+        per_batch(dy, dy2, x),
         *token_strides(dy),
         *token_strides(dy2),
         *token_strides(x),

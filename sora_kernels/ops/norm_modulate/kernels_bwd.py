@@ -94,7 +94,7 @@ def norm_modulate_bwd_kernel(
     partial_ptr,  # [4, blocks, 2, D] fp32
     tokens,
     width,
-    per_batch,  # L, None if B = 1
+    per_batch,  # L or None
     dy_batch_stride,
     dy_token_stride,
     dy2_batch_stride,
