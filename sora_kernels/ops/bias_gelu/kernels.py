@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...aot import AotCase
-from .._device import divide, exp, load_f32
+from .._device import divide, exp, load_f32, load_vectors
 from .._grouped import token_offset
 from .._launch import SIZES, cdiv, launch, per_batch, token_strides
 from . import config
@@ -25,14 +25,6 @@ def _half_gate(u):
     larger = divide(1.0, 1.0 + e)  # of s and 1 - s; the other one is e times that
     smaller = e * larger
     return tl.where(twice < 0.0, smaller, larger), smaller * larger
-
-
-@triton.jit
-def _load_bias(bias_ptr, cols, mask):
-    bias = 0.0
-    if bias_ptr is not None:
-        bias = load_f32(bias_ptr + cols, mask)
-    return bias
 
 
 @triton.jit(**SIZES)
@@ -54,7 +46,8 @@ def _bias_gelu_fwd_kernel(
     cols_mask = cols < width
     mask = (n < tokens) & cols_mask
     x_offsets = token_offset(n, per_batch, x_batch_stride, x_token_stride) + cols
-    u = load_f32(x_ptr + x_offsets, mask) + _load_bias(bias_ptr, cols, cols_mask)
+    _, bias = load_vectors(None, bias_ptr, cols, cols_mask)
+    u = load_f32(x_ptr + x_offsets, mask) + bias
     s, _ = _half_gate(u)
     y = u * s
     tl.store(y_ptr + n * width + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -89,7 +82,7 @@ def _bias_gelu_bwd_kernel(
     end = tl.minimum(start + block_tokens, tokens)
     cols = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     cols_mask = cols < width
-    bias = _load_bias(bias_ptr, cols, cols_mask)
+    _, bias = load_vectors(None, bias_ptr, cols, cols_mask)
     total = tl.zeros([BLOCK_ROWS, BLOCK_D], dtype=tl.float32)
     for i in tl.range(0, tl.cdiv((end - start).to(tl.int32), BLOCK_ROWS), num_stages=STAGES):
         n = start + i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
